@@ -1,0 +1,1 @@
+"""The embedded checkpoint: a small GPT-NeoX trained on the Python standard library."""

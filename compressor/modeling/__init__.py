@@ -1,0 +1,1 @@
+"""Model code that travels with an exported folder: torch, transformers and siblings only."""

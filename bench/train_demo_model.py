@@ -67,7 +67,9 @@ class Trial:
         weight_decay: of AdamW, for matrices other than the embedding.
         epochs: passes over the training tokens that the schedule is laid out for.
         batch: windows a step.
+        evaluate_every: steps from one evaluation to the next.
         patience: evaluations without a lower validation loss after which training stops.
+        time_limit: seconds by which the schedule has ended at the latest.
     """
 
     learning_rate: float = 3e-3
@@ -81,16 +83,18 @@ class Trial:
     clip: float = 1.0
     evaluate_every: int = 100
     patience: int = 25
+    time_limit: float = math.inf
     seed: int = 0
 
 
 TRIALS: dict[str, Trial] = {
     "base": Trial(),
-    "more-dropout": Trial(dropout=0.2),
-    "more-decay": Trial(weight_decay=0.5),
     "lower-rate": Trial(learning_rate=1.5e-3),
     "higher-rate": Trial(learning_rate=6e-3),
-    "longer": Trial(epochs=60.0),
+    "more-dropout": Trial(dropout=0.2),
+    "more-decay": Trial(weight_decay=0.5),
+    "longer": Trial(weight_decay=0.5, epochs=60.0),
+    "longer-more-dropout": Trial(dropout=0.2, weight_decay=0.5, epochs=60.0),
 }
 
 
@@ -173,7 +177,7 @@ def train(data: Path, out: Path, trial: Trial, shape: dict[str, Any], device: st
     model.load_state_dict(best["weights"])
     save_checkpoint(model, data / "tokenizer", out / "model")
     result = {
-        "trial": dataclasses.asdict(trial),
+        "trial": dataclasses.asdict(trial) | {"time_limit": finite(trial.time_limit)},
         "parameters": sum(p.numel() for p in model.parameters()),
         "best_step": best["step"],
         "best_epoch": best["step"] * trial.batch * SEQUENCE_LENGTH / len(streams["training"]),
@@ -212,16 +216,18 @@ def fit(
     optimizer = make_optimizer(model, trial)
     per_epoch = (len(streams["training"]) - SEQUENCE_LENGTH) // (SEQUENCE_LENGTH * trial.batch)
     total = max(1, round(trial.epochs * per_epoch))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate_at(s, total, trial))
     batches = training_batches(streams["training"], trial)
     curve: list[dict[str, float]] = []
     best: dict[str, Any] = {"validation_loss": math.inf, "step": 0}
     running: list[Any] = []
     started = time.perf_counter()
-    for step in range(1, total + 1):
+    progress, step = 0.0, 0
+    while progress < 1.0:
+        set_rate(optimizer, trial, progress)
         running.append(training_step(model, next(batches), optimizer, trial.clip))
-        schedule.step()
-        if step % trial.evaluate_every and step < total:
+        step += 1
+        progress = max(step / total, (time.perf_counter() - started) / trial.time_limit)
+        if step % trial.evaluate_every and progress < 1.0:
             continue
         point = {
             "step": step,
@@ -236,7 +242,8 @@ def fit(
             best = {**point, "weights": {k: v.clone() for k, v in model.state_dict().items()}}
         if step - best["step"] >= trial.patience * trial.evaluate_every:
             return curve, best, time.perf_counter() - started, "validation loss stopped falling"
-    return curve, best, time.perf_counter() - started, "end of schedule"
+    reason = "end of schedule" if step == total else "end of schedule, shortened by the time limit"
+    return curve, best, time.perf_counter() - started, reason
 
 
 def make_optimizer(model: Any, trial: Trial) -> Any:
@@ -254,14 +261,15 @@ def make_optimizer(model: Any, trial: Trial) -> Any:
     return torch.optim.AdamW(groups, trial.learning_rate, betas=(0.9, trial.beta2), fused=fused)
 
 
-def rate_at(step: int, total: int, trial: Trial) -> float:
-    """Return the share of the peak learning rate: linear warm-up, then a cosine."""
-    warmup = max(1, round(trial.warmup * total))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return trial.final_fraction + (1.0 - trial.final_fraction) * cosine
+def set_rate(optimizer: Any, trial: Trial, progress: float) -> None:
+    """Set the learning rate at ``progress`` in [0, 1): linear warm-up, then a cosine."""
+    if progress < trial.warmup:
+        share = (progress + 0.001) / (trial.warmup + 0.001)
+    else:
+        cosine = 0.5 * (1.0 + math.cos(math.pi * (progress - trial.warmup) / (1.0 - trial.warmup)))
+        share = trial.final_fraction + (1.0 - trial.final_fraction) * cosine
+    for group in optimizer.param_groups:
+        group["lr"] = trial.learning_rate * share
 
 
 def training_batches(tokens: Any, trial: Trial) -> Iterator[Any]:
@@ -438,6 +446,11 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def finite(value: float) -> float | None:
+    """Return ``value``, or None for infinity, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with one key a line, and each point of a curve on its own line."""
     points: dict[str, str] = {}
@@ -471,6 +484,7 @@ def parse_arguments() -> argparse.Namespace:
         flag = f"--{field.name.replace('_', '-')}"
         training.add_argument(flag, type=type(field.default), default=field.default)
     sweeping = commands.add_parser("sweep", help="several configurations, the best kept")
+    sweeping.add_argument("--time-limit", type=float, default=math.inf, help="seconds a trial")
     sweeping.add_argument("--trials", help="JSON of {name: {field: value}} instead of TRIALS")
     for command in (training, sweeping):
         command.add_argument("--data", type=Path, required=True, help="folder of `prepare`")
@@ -495,7 +509,11 @@ def main() -> None:
         return
     given = json.loads(arguments.trials) if arguments.trials else None
     trials = TRIALS if given is None else {name: Trial(**value) for name, value in given.items()}
-    sweep(arguments.data, arguments.out, trials, shape)
+    limited = {
+        name: dataclasses.replace(trial, time_limit=arguments.time_limit)
+        for name, trial in trials.items()
+    }
+    sweep(arguments.data, arguments.out, limited, shape)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,243 @@
+"""Recipes: everything that decides a result, in one YAML file.
+
+A recipe is read strictly: unknown keys, wrong values and future versions are refused in one
+:class:`RecipeError` that names all of them. What a run was made with is saved beside it, so every
+run can be repeated from its own folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vdcompress.errors import RecipeError, did_you_mean
+
+VERSION = 1
+DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
+DEFAULT_POSITIONS = (0, 16, 32, 64, 96, 128)
+SUFFIXES = (".yaml", ".yml")
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class PlanSection(Section):
+    """What the cache keeps; ``v_dim`` counts over all key/value heads of a layer."""
+
+    v_dim: int | None = None
+
+
+class StartSection(Section):
+    """How compressed weights are found; null takes the initialiser's own default."""
+
+    initializer: str = "optimal"
+    refit: Literal["none", "local"] | None = None
+    alternate: Annotated[int, Field(ge=0)] | None = None
+    seed: Seed = 0
+
+
+class CalibrationSection(Section):
+    """Which text calibrates: ``samples`` windows of ``seq_len`` tokens at random places."""
+
+    data: str = DEFAULT_DATA
+    samples: Count = 64
+    seq_len: Annotated[int, Field(ge=2)] = 2048
+    seed: Seed = 0
+
+
+class EvaluationSection(Section):
+    """Which text measures; ``data`` null is the held-out part of the calibration's text."""
+
+    data: str | None = None
+    windows: Count = 24
+    seq_len: Annotated[int, Field(ge=2)] = 2048
+    positions: tuple[Annotated[int, Field(ge=0)], ...] = DEFAULT_POSITIONS
+
+    @field_validator("positions")
+    @classmethod
+    def _ascending(cls, positions: tuple[int, ...]) -> tuple[int, ...]:
+        if len(positions) == 1 or list(positions) != sorted(set(positions)):
+            raise ValueError("needs two or more ascending positions, or none")
+        return positions
+
+
+class HealSection(Section):
+    """How a finetune heals; ``data`` null is the training part of the calibration's text."""
+
+    data: str | None = None
+    samples: Count = 10_000
+    validation_samples: Count = 500
+    seq_len: Annotated[int, Field(ge=2)] = 128
+    epochs: Count = 30
+    patience: Count = 1
+    learning_rate: Positive = 1e-4
+    batch_size: Count = 8
+    distill: bool = True
+    kl_weight: Weight = 1.0
+    ce_weight: Weight = 0.0
+    temperature: Positive = 1.0
+    warmup_ratio: Share = 0.0
+    weight_decay: Weight = 0.0
+    max_grad_norm: Positive = 1.0
+    train: Literal["attention", "all"] = "attention"
+    seed: Seed = 0
+
+
+class GateSection(Section):
+    """The quality that a run must have: the largest ratio of its perplexity to the base's."""
+
+    max_ratio: Positive
+
+
+class Recipe(Section):
+    """One experiment, from the checkpoint to the gate."""
+
+    version: int = VERSION
+    name: str = ""
+    description: str = ""
+    model: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    text_field: str = "text"
+    plan: PlanSection = PlanSection()
+    start: StartSection = StartSection()
+    calibration: CalibrationSection = CalibrationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    heal: HealSection = HealSection()
+    gate: GateSection | None = None
+
+    def merged(self, overrides: Mapping[str, Any]) -> Recipe:
+        """Return this recipe with some values replaced.
+
+        Args:
+            overrides: ``{"plan.v_dim": 320, "model": "pythia-70m"}``; None keeps what stands.
+
+        Raises:
+            RecipeError: for a key or a value that no recipe takes.
+        """
+        data = self.model_dump()
+        for path, value in overrides.items():
+            if value is not None:
+                *sections, key = path.split(".")
+                target = data
+                for section in sections:
+                    target = target[section]
+                target[key] = value
+        return parse(data, "these options")
+
+    def dumps(self) -> str:
+        """Return the whole recipe as YAML, defaults included."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=96)
+        return text
+
+
+def parse(data: Any, origin: str) -> Recipe:
+    """Read a recipe from plain values.
+
+    Args:
+        data: what the YAML holds, a mapping.
+        origin: what to call it in errors.
+
+    Raises:
+        RecipeError: naming everything that is wrong.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"{origin} is not a recipe: no keys in it", "see: vdcompress recipes")
+    _check_version(data.get("version"), origin)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(_problem(detail) for detail in error.errors())
+        raise RecipeError(f"{origin}: {problems}", "see: vdcompress recipes show NAME") from error
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe that is shipped (``pythia-70m-v320``) or a YAML file.
+
+    Raises:
+        RecipeError: unknown name, unreadable file, or anything that :func:`parse` refuses.
+    """
+    text, origin = _read(name)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise RecipeError(f"{origin} is not YAML{line}") from error
+    return parse(data, origin)
+
+
+def shipped() -> tuple[str, ...]:
+    """Return the names of the recipes in the package."""
+    files = resources.files("vdcompress.recipes").iterdir()
+    return tuple(sorted(Path(file.name).stem for file in files if file.name.endswith(SUFFIXES)))
+
+
+def _read(name: str | Path) -> tuple[str, str]:
+    """Return a recipe's text and what to call it."""
+    if str(name) in shipped():
+        file = resources.files("vdcompress.recipes") / f"{name}.yaml"
+        return file.read_text(encoding="utf-8"), f"recipe {name}"
+    path = Path(name)
+    if path.suffix not in SUFFIXES and not path.is_file():
+        raise RecipeError(
+            f"no recipe {str(name)!r}: {did_you_mean(str(name), shipped())}",
+            "list them with: vdcompress recipes",
+        )
+    try:
+        return path.read_text(encoding="utf-8"), f"recipe {path}"
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not text") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+
+
+def _check_version(version: Any, origin: str) -> None:
+    if version is None:
+        raise RecipeError(f"{origin} does not say its version", f"add the line: version: {VERSION}")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise RecipeError(f"{origin}: version {version!r} is not a number from 1 on")
+    if version > VERSION:
+        raise RecipeError(
+            f"{origin} is of version {version}, this vdcompress reads up to version {VERSION}",
+            "install a newer vdcompress",
+        )
+
+
+def _problem(detail: Any) -> str:
+    """Say one of pydantic's findings in our words."""
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {path!r}, {did_you_mean(str(detail['loc'][-1]), _keys(detail['loc']))}"
+    if detail["type"] == "missing":
+        return f"{path} is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[0].lower()}{message[1:]} (found {detail['input']!r})"
+
+
+def _keys(location: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that are valid where ``location`` points."""
+    sections: dict[str, type[BaseModel]] = {
+        "plan": PlanSection,
+        "start": StartSection,
+        "calibration": CalibrationSection,
+        "evaluation": EvaluationSection,
+        "heal": HealSection,
+        "gate": GateSection,
+    }
+    section = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    return list(section.model_fields)

@@ -1,0 +1,162 @@
+"""Run folders: how they are named, and how to find them again.
+
+A run is a finished artefact folder, marked by its ``vdcompress.json``. A finetune that is under
+way keeps its checkpoints in ``<run>.partial``; nothing that is unfinished is taken for a run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vdcompress.errors import RunError, did_you_mean
+
+ROOT = Path("runs")
+MARKER = "vdcompress.json"
+PARTIAL = ".partial"
+HEALED = "healed"
+
+_STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
+_HEALED = re.compile(rf"-{HEALED}-\d{{8}}-\d{{6}}(-\d+)?$")
+
+
+def is_finished(folder: Path) -> bool:
+    """Say whether a folder holds a finished artefact."""
+    return folder.suffix != PARTIAL and (folder / MARKER).is_file()
+
+
+def new_run(model: str, label: str, root: Path = ROOT) -> Path:
+    """Return a path that is free, such as ``runs/pythia-70m-v320-20260131-142210``.
+
+    Args:
+        model: alias, hub id or folder; its last part names the run.
+        label: what was done, such as ``v320``.
+        root: the folder of all runs.
+    """
+    return _free(root, f"{_slug(model)}-{label}")
+
+
+def new_healed(run: Path, root: Path = ROOT) -> Path:
+    """Return a free path for a finetune of ``run``; healing again does not pile up suffixes."""
+    return _free(root, f"{_HEALED.sub('', run.name)}-{HEALED}")
+
+
+def partial_of(run: Path) -> Path:
+    """Return where a finetune that will become ``run`` keeps its checkpoints."""
+    return run.with_name(run.name + PARTIAL)
+
+
+def finished_of(partial: Path) -> Path:
+    """Return the run that a partial folder will become."""
+    return partial.with_name(partial.name.removesuffix(PARTIAL))
+
+
+def finished(root: Path = ROOT) -> list[Path]:
+    """Return the finished runs, the latest last."""
+    return sorted(filter(is_finished, _folders(root)), key=lambda run: (_age(run / MARKER), run))
+
+
+def partials(root: Path = ROOT) -> list[Path]:
+    """Return the finetunes that were interrupted, the latest last."""
+    found = [folder for folder in _folders(root) if folder.suffix == PARTIAL]
+    return sorted(found, key=lambda folder: (_age(folder), folder))
+
+
+def latest(root: Path = ROOT) -> Path:
+    """Return the run that finished last.
+
+    Raises:
+        RunError: there is none.
+    """
+    runs = finished(root)
+    if not runs:
+        raise RunError(
+            f"no finished run under ./{root}",
+            "name one, or start with: vdcompress apply MODEL --v-dim N",
+        )
+    return runs[-1]
+
+
+def resolve(run: str | Path | None, root: Path = ROOT) -> Path:
+    """Find a run by its folder, or by its name under ``root``; None is the latest.
+
+    Raises:
+        RunError: it does not exist, or it was interrupted.
+    """
+    if run is None:
+        return latest(root)
+    path = Path(run)
+    if not path.is_dir() and (root / path).is_dir():
+        path = root / path
+    if is_finished(path):
+        return path
+    partial = path if path.suffix == PARTIAL else partial_of(path)
+    if partial.is_dir():
+        raise RunError(
+            f"run {path} was interrupted before it finished",
+            f"continue it with: vdcompress finetune --resume {partial}",
+        )
+    if path.exists():
+        raise RunError(f"{path} is not a finished run: no {MARKER} in it", _known(path, root))
+    raise RunError(f"run {run} does not exist", _known(path, root))
+
+
+def resolve_partial(run: str | Path | None, root: Path = ROOT) -> Path:
+    """Find an interrupted finetune: by its folder, by the run it heals, or the latest.
+
+    Raises:
+        RunError: there is none.
+    """
+    if run is None:
+        found = partials(root)
+    else:
+        path = Path(run)
+        named = [path, root / path, partial_of(path)]
+        found = [folder for folder in named if folder.suffix == PARTIAL and folder.is_dir()]
+        if not found:
+            stem = f"{_HEALED.sub('', path.name)}-{HEALED}-"
+            found = [folder for folder in partials(root) if folder.name.startswith(stem)]
+    if not found:
+        raise RunError(
+            f"no interrupted finetune {f'of {run}' if run else f'under ./{root}'}",
+            "start one without --resume",
+        )
+    return found[-1]
+
+
+def label(run: Path) -> str:
+    """Return a run's name without its time."""
+    return _STAMP.sub("", run.name)
+
+
+def _free(root: Path, stem: str) -> Path:
+    stamp = datetime.now(UTC).astimezone().strftime("%Y%m%d-%H%M%S")
+    path, count = root / f"{stem}-{stamp}", 1
+    while path.exists() or partial_of(path).exists():
+        count += 1
+        path = root / f"{stem}-{stamp}-{count}"
+    return path
+
+
+def _slug(model: str) -> str:
+    """Return the last part of a model's name, safe in a file name on every system."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").split("/")[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        yield from (path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _known(path: Path, root: Path) -> str:
+    names = [run.name for run in finished(root)]
+    if not names:
+        return "start with: vdcompress apply MODEL --v-dim N"
+    return f"{did_you_mean(path.name, names)} (runs are listed under ./{root})"

@@ -1,0 +1,1 @@
+"""Text and token windows: where calibration, healing and evaluation get their data."""

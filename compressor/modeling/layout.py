@@ -79,6 +79,11 @@ class LayerLayout:
         return self.k_nope.groups if self.k_nope.width else self.k_rotary.groups
 
     @property
+    def k_maps(self) -> str:
+        """Whether the query's map is folded, for both parts of K."""
+        return self.k_nope.maps if self.k_nope.width else self.k_rotary.maps
+
+    @property
     def v_head_dim(self) -> int:
         """Width of one V latent."""
         return self.v.width
@@ -141,6 +146,14 @@ def problems(layout: LayerLayout, *, heads: int, kv_heads: int, frequencies: int
         found.append(f"k_rotary.frequencies go beyond the base's {frequencies}")
     if layout.v.width < 1 or layout.k_head_dim < 1:
         found.append("a latent has no dimensions")
-    if layout.k_nope.width and rotary.width and layout.k_nope.groups != rotary.groups:
-        found.append("k_nope and k_rotary differ in groups, which no attention layer runs yet")
+    if layout.k_nope.width and rotary.width:
+        if layout.k_nope.groups != rotary.groups:
+            found.append("k_nope and k_rotary differ in groups, which no attention layer runs yet")
+        if layout.k_nope.maps != rotary.maps:
+            found.append("k_nope and k_rotary differ in maps")
+    if layout.k_nope.after_rope and (rotary.width or layout.k_maps != "per_head"):
+        found.append("keys compressed after RoPE have no rotary part and maps per head")
+    more, fewer = max(layout.k_groups, layout.v_groups), min(layout.k_groups, layout.v_groups)
+    if fewer > 0 and more % fewer:
+        found.append(f"{more} groups on one side are not a multiple of {fewer} on the other")
     return found

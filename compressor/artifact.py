@@ -1,0 +1,230 @@
+"""The artefact folder: written atomically, read strictly (DESIGN 4)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from vdcompress import families
+from vdcompress.errors import ArtifactError, ModelError, RunError
+from vdcompress.load import TOKENIZER_FILES, read_tokenizer, read_weights, require_weights
+from vdcompress.plan import Plan
+
+FORMAT = 1
+MARKER = "vdcompress.json"
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model and where it comes from.
+
+    Attributes:
+        model: float32, in evaluation mode.
+        tokenizer: the base's.
+        plan: the decision that made it.
+        base_id: what finds the base again: a hub id, a folder or ``demo``.
+        base_revision: commit of the hub, None for a folder.
+        source_folder: where the tokenizer's files are, to be copied byte for byte.
+        dtype: of the stored weights.
+        calibration: digest of the calibration text.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    plan: Plan
+    base_id: str
+    base_revision: str | None
+    source_folder: Path
+    dtype: str
+    calibration: str
+
+
+def write_artifact(
+    folder: Path,
+    compressed: Compressed,
+    *,
+    results: Mapping[str, Any],
+    recipe: str,
+    card: str,
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write an artefact folder: all of it, or nothing.
+
+    Args:
+        folder: where; it must not exist, be empty, or hold an artefact that ``force`` replaces.
+        compressed: what to write.
+        results: for ``results.json``.
+        recipe: the merged recipe's text, for ``recipe.yaml``.
+        card: the model card, for ``README.md``.
+        force: replace an older artefact.
+        check: called with the finished folder before it gets its name; raises to refuse it.
+
+    Raises:
+        RunError: if the folder is taken.
+        ArtifactError: if the disk is full or cannot be written.
+    """
+    require_free(folder, force=force)
+    with _atomic(folder) as partial:
+        _write_model(partial, compressed)
+        _copy_code(partial, compressed)
+        for name in COPIED_FILES:
+            if (compressed.source_folder / name).is_file():
+                shutil.copyfile(compressed.source_folder / name, partial / name)
+        (partial / "recipe.yaml").write_text(recipe)
+        (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (partial / "README.md").write_text(card)
+        (partial / MARKER).write_text(json.dumps(_marker(compressed), indent=2) + "\n")
+        if check is not None:
+            check(partial)
+    return folder
+
+
+def load_artifact(folder: Path, *, device: str = "cpu") -> Compressed:
+    """Load an artefact folder strictly, in float32.
+
+    Raises:
+        RunError: if there is none, it is unfinished, or a newer vdcompress wrote it.
+        ModelError: if its weights are damaged.
+    """
+    marker = read_marker(folder)
+    plan = Plan.from_json(marker["plan"])
+    require_weights(folder)
+    model_class = families.get(plan.shape.family).compressed_class()
+    return Compressed(
+        model=read_weights(model_class, folder).to(device),
+        tokenizer=read_tokenizer(folder),
+        plan=plan,
+        base_id=marker["base"]["id"],
+        base_revision=marker["base"]["revision"],
+        source_folder=folder,
+        dtype=marker["dtype"],
+        calibration=marker["calibration"],
+    )
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Read ``vdcompress.json``, what makes a folder an artefact.
+
+    Raises:
+        RunError: if it is missing, unreadable or of a future format.
+    """
+    if not folder.is_dir():
+        raise RunError(f"no run {folder}", "vdcompress apply MODEL --v-dim N makes one")
+    try:
+        marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
+        if marker["format"] > FORMAT:
+            raise RunError(
+                f"{folder} has format {marker['format']}, this vdcompress reads {FORMAT}",
+                "install a newer vdcompress",
+            )
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder} is not a finished run: it has no {MARKER}", "run the command again"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / MARKER} cannot be read") from error
+    return marker
+
+
+def require_free(folder: Path, *, force: bool) -> None:
+    """Raise :class:`RunError` unless an artefact may be written to ``folder``."""
+    if folder.is_file():
+        raise RunError(f"{folder} is a file", "name another folder with -o")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / MARKER).is_file():
+        raise RunError(
+            f"{folder} is not empty, and not an artefact of vdcompress", "name another with -o"
+        )
+    if not force:
+        raise RunError(f"{folder} holds an artefact already", "--force replaces it")
+
+
+@contextmanager
+def _atomic(folder: Path) -> Iterator[Path]:
+    """Yield a folder beside ``folder`` that takes its name when the block ends well."""
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _replace(folder, partial)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder} could not be written: {error.strerror or error}",
+            "nothing was left behind; free some space or name another folder",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Rename ``partial`` to ``folder``; an older folder goes only when the new one stands."""
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_model(folder: Path, compressed: Compressed) -> None:
+    """Write weights in the storage dtype, and the config with its ``auto_map``."""
+    model, storage = compressed.model, getattr(torch, compressed.dtype)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    state = {
+        name: tensor.detach().to("cpu", storage).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ModelError(f"{broken[0]} is not finite in {compressed.dtype}", "use --dtype float32")
+    config = model.config.__class__.from_dict(model.config.to_dict())
+    family = families.get(compressed.plan.shape.family)
+    module = family.model_type
+    config.dtype = storage
+    config.architectures = [family.compressed_class().__name__]
+    config.auto_map = {
+        "AutoConfig": f"{module}.{type(config).__name__}",
+        "AutoModel": f"{module}.{family.compressed_body().__name__}",
+        "AutoModelForCausalLM": f"{module}.{family.compressed_class().__name__}",
+    }
+    config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
+
+
+def _copy_code(folder: Path, compressed: Compressed) -> None:
+    """Copy the family's modelling file and the siblings that it imports."""
+    code = Path(__file__).parent / "modeling" / f"{compressed.plan.shape.family}.py"
+    for source in [code, *map(Path, get_relative_import_files(code))]:
+        shutil.copyfile(source, folder / source.name)
+
+
+def _marker(compressed: Compressed) -> dict[str, Any]:
+    from vdcompress import __version__
+
+    return {
+        "format": FORMAT,
+        "vdcompress": __version__,
+        "base": {"id": compressed.base_id, "revision": compressed.base_revision},
+        "dtype": compressed.dtype,
+        "calibration": compressed.calibration,
+        "plan": compressed.plan.to_json(),
+    }

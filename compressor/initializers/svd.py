@@ -1,0 +1,24 @@
+"""The SVD of the value projection: needs no data."""
+
+from __future__ import annotations
+
+from vdcompress.initializers.base import (
+    Initializer,
+    Latents,
+    ValueProblem,
+    leading_eigenvectors,
+    orthogonal,
+)
+
+
+def solve(problem: ValueProblem) -> Latents:
+    """Keep the leading left singular vectors of each head's W_v [d, hidden].
+
+    Eckart-Young: the best rank-r approximation of the weights. The bias of V is folded exactly.
+    """
+    gram = problem.v_weight @ problem.v_weight.mT
+    encoder = leading_eigenvectors(gram, problem.width)
+    return orthogonal(problem, encoder, problem.v_bias)
+
+
+INITIALIZER = Initializer(solve, needs=frozenset())

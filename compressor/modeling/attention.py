@@ -1,0 +1,127 @@
+"""Attention over latents as they are cached: the implementation registered as ``vdcompress``.
+
+Shapes: b batch, h query heads, g latents (groups), t query positions, s key positions, k width of
+a key latent, v width of a value latent. Groups of keys and of values may differ in number; one
+number divides the other.
+
+A prefill runs through torch's scaled dot product attention. On CPU its fast kernel wants equal
+widths, so the narrower side is padded with zeros for the call (the cache never holds them). One
+query against a CPU cache is two plain matrix products, which read the cache once and are faster
+than any kernel torch has there for unequal widths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "vdcompress"
+CUDA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def matmul_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attend by plain matrix products; each latent is read once for all heads that share it.
+
+    Args:
+        module: the attention module; only its ``training`` flag is read.
+        query: [b, h, t, k].
+        key: [b, g, s, k].
+        value: [b, g', s, v].
+        attention_mask: None, or boolean (True attends) or additive, broadcastable to [b, h, t, s].
+        scaling: factor of the scores.
+        dropout: probability to drop an attention weight while training.
+
+    Returns:
+        The output [b, t, h, v] and the weights [b, h, t, s].
+    """
+    b, h, t, _k = query.shape
+    groups, s = key.shape[1], key.shape[2]
+    grouped = query.reshape(b, groups, (h // groups) * t, -1)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(b, h, t, s) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout, training=module.training)
+    groups = value.shape[1]
+    output = torch.matmul(weights.reshape(b, groups, (h // groups) * t, s), value)
+    return output.view(b, h, t, -1).transpose(1, 2).contiguous(), weights
+
+
+def latent_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend by whatever is fastest for these shapes on this device.
+
+    Arguments and output are those of :func:`matmul_attention`; the weights are None.
+    """
+    on_cpu = query.device.type == "cpu"
+    if on_cpu and query.shape[2] == 1 and not query.requires_grad:
+        output, _ = matmul_attention(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout
+        )
+        return output, None
+    key, value = _same_groups(key, value)
+    width = value.shape[-1]
+    if on_cpu:
+        widest = max(query.shape[-1], width)
+        query, key, value = (_pad(x, widest) for x in (query, key, value))
+    order = (
+        sdpa_kernel(CUDA_ORDER, set_priority=True)
+        if query.is_cuda
+        else contextlib.nullcontext()
+    )
+    with order:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return output[..., :width], None
+
+
+def _same_groups(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat the side with fewer latents, so that both have one per group of query heads."""
+    groups = max(key.shape[1], value.shape[1])
+    key, value = (
+        x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], dim=1)
+        for x in (key, value)
+    )
+    return key, value
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
+
+
+AttentionInterface.register(NAME, latent_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,64 @@
+"""Checkpoints that are either complete or not there, for a finetune that may be killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+SEAL = "complete.json"
+KEPT = 2
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as complete: the digests of all its files, written last and atomically."""
+    digests = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    write_atomically(checkpoint / SEAL, json.dumps(digests, indent=1))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Say whether a checkpoint was sealed and none of its files changed since."""
+    try:
+        digests = json.loads((checkpoint / SEAL).read_text())
+        return all(_digest(checkpoint / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the complete checkpoint of the most steps; incomplete ones after it are removed."""
+    for checkpoint in reversed(_all(folder)):
+        if is_complete(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def prune(folder: Path) -> None:
+    """Remove all but the last :data:`KEPT` checkpoints."""
+    for checkpoint in _all(folder)[:-KEPT]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def any_in(folder: Path) -> bool:
+    """Say whether the folder has checkpoints, complete or not."""
+    return bool(_all(folder))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under another name first, so that it is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Return the checkpoints, by their number of steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vdcompress.errors import RecipeError, did_you_mean
+from vdcompress.heal_settings import HealSettings
 
 VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -24,7 +25,7 @@ SUFFIXES = (".yaml", ".yml")
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -82,19 +83,23 @@ class HealSection(Section):
     samples: Count = 10_000
     validation_samples: Count = 500
     seq_len: Annotated[int, Field(ge=2)] = 128
-    epochs: Count = 30
-    patience: Count = 1
-    learning_rate: Positive = 1e-4
-    batch_size: Count = 8
-    distill: bool = True
-    kl_weight: Weight = 1.0
-    ce_weight: Weight = 0.0
-    temperature: Positive = 1.0
-    warmup_ratio: Share = 0.0
-    weight_decay: Weight = 0.0
-    max_grad_norm: Positive = 1.0
-    train: Literal["attention", "all"] = "attention"
-    seed: Seed = 0
+    epochs: Count = HealSettings.epochs
+    patience: Count = HealSettings.patience
+    learning_rate: Positive = HealSettings.learning_rate
+    batch_size: Count = HealSettings.batch_size
+    distill: bool = HealSettings.distill
+    kl_weight: Weight = HealSettings.kl_weight
+    ce_weight: Weight = HealSettings.ce_weight
+    temperature: Positive = HealSettings.temperature
+    schedule: Literal["cosine", "linear", "constant"] = HealSettings.schedule
+    warmup_ratio: Share = HealSettings.warmup_ratio
+    weight_decay: Weight = HealSettings.weight_decay
+    max_grad_norm: Weight = HealSettings.max_grad_norm
+    train: Literal["attention", "all"] = HealSettings.train
+    seed: Seed = HealSettings.seed
+    bf16: bool | None = HealSettings.bf16
+    max_steps: Count | None = HealSettings.max_steps
+    save_steps: Count | None = HealSettings.save_steps
 
 
 class GateSection(Section):
@@ -225,6 +230,8 @@ def _problem(detail: Any) -> str:
         return f"unknown key {path!r}, {did_you_mean(str(detail['loc'][-1]), _keys(detail['loc']))}"
     if detail["type"] == "missing":
         return f"{path} is missing"
+    if detail["type"] in ("model_type", "dict_type"):
+        return f"{path} must hold keys (found {detail['input']!r})"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{path}: {message[0].lower()}{message[1:]} (found {detail['input']!r})"
 

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Results = Mapping[str, Any]
+Form = Callable[[float | None], str]
 NONE = "-"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text: the command line draws it, :meth:`markdown` writes it."""
+    """A table of text: the command line draws it, :meth:`markdown` writes it.
+
+    Attributes:
+        title: above it, may be empty.
+        header: names of the columns.
+        rows: cells as text, one for each column.
+        words: how many columns, from the left, hold words rather than figures.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+    @property
+    def right(self) -> range:
+        """The columns that stand to the right."""
+        return range(self.words, len(self.header))
 
     def markdown(self) -> str:
-        """Return the table as GitHub's markdown, the first column left, the others right."""
-        rule = [":--", *["--:"] * (len(self.header) - 1)]
+        """Return the table as GitHub's markdown."""
+        rule = ["--:" if column in self.right else ":--" for column in range(len(self.header))]
         lines = [self.header, rule, *self.rows]
         return "\n".join(f"| {' | '.join(cell or ' ' for cell in line)} |" for line in lines)
 
@@ -28,21 +42,27 @@ class Table:
 def summary(results: Results) -> Table:
     """Return what a run did: size, cache and perplexity, before and after."""
     parameters, cache = results["parameters"], results["kv_cache"]
-    rows = [
-        _row("parameters", parameters["base"], parameters["compressed"], form=_count),
-        _row(
-            "cache, bytes per token",
-            cache["base_bytes_per_token"],
-            cache["bytes_per_token"],
-            form=_count,
-        ),
+    perplexity = results.get("perplexity") or {}
+    healed = perplexity.get("healed") is not None
+    whole, narrow = cache["base_bytes_per_token"], cache["bytes_per_token"]
+    found: list[tuple[str, Form, list[float | None]]] = [
+        ("parameters", _count, [parameters["base"], *[parameters["compressed"]] * (1 + healed)]),
+        ("cache, bytes per token", _count, [whole, *[narrow] * (1 + healed)]),
     ]
     if (measured := cache.get("measured")) is not None:
-        found = measured["bytes_per_token"]
-        whole = cache["base_bytes_per_token"]
-        rows.append(("as measured after generate()", NONE, _count(found), change(whole, found)))
-    rows += _perplexity_rows(results.get("perplexity"))
-    return Table("", ("", "base", "compressed", "change"), tuple(rows))
+        sizes = [measured["bytes_per_token"]] * (1 + healed)
+        found.append(("  measured after generate()", _count, [whole, *sizes]))
+    if perplexity:
+        names = ("base", "compressed", "healed") if healed else ("base", "compressed")
+        found.append(("perplexity", _ppl, [perplexity.get(name) for name in names]))
+    rows = [
+        (title, *map(form, values), change(values[0], values[-1])) for title, form, values in found
+    ]
+    if perplexity.get("kl") is not None:
+        blanks = [NONE] * (1 + healed)
+        rows.append(("KL to the base, nats per token", *blanks, f"{perplexity['kl']:.4f}", ""))
+    header = ("", "base", "compressed", *(["healed"] if healed else []), "change")
+    return Table("", header, tuple(rows))
 
 
 def positions(results: Results) -> Table | None:
@@ -139,25 +159,6 @@ def _gate_line(gate: Results) -> str:
         f"Quality gate {verdict}: perplexity {gate['ratio']:.4f} times the base's, "
         f"{gate['max_ratio']:g} allowed."
     )
-
-
-def _perplexity_rows(found: Results | None) -> list[tuple[str, ...]]:
-    if not found:
-        return []
-    base = found["base"]
-    names = [("perplexity", "compressed"), ("perplexity, healed", "healed")]
-    rows = [
-        (title, _ppl(base), _ppl(found.get(key)), change(base, found.get(key)))
-        for title, key in names
-        if found.get(key) is not None
-    ]
-    if found.get("kl") is not None:
-        rows.append(("KL to the base, nats per token", NONE, f"{found['kl']:.4f}", NONE))
-    return rows
-
-
-def _row(title: str, before: Any, after: Any, form: Any) -> tuple[str, ...]:
-    return (title, form(before), form(after), change(before, after))
 
 
 def _layer_cells(layer: Results) -> tuple[str, ...]:

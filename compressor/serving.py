@@ -27,7 +27,7 @@ class Backend:
         takes: says whether it runs latents of widths (K, V).
         needs: what has to be installed or set for it when widths are equal.
         needs_unequal: the same when they differ.
-        rule: the widths in words.
+        rule: which widths, in words.
     """
 
     engine: str
@@ -63,10 +63,10 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "transformers >= 5.17",
         "generate()",
-        lambda k, v: True,
+        lambda *_widths: True,
         "nothing else",
         "nothing else",
-        "any widths",
+        "takes any widths",
     ),
     Backend(
         "transformers >= 5.17",
@@ -74,7 +74,7 @@ BACKENDS: tuple[Backend, ...] = (
         lambda k, v: k == v,
         "nothing else",
         "",
-        "K = V",
+        "takes K = V",
     ),
     Backend(
         "vLLM 0.33",
@@ -82,7 +82,7 @@ BACKENDS: tuple[Backend, ...] = (
         _flash,
         REMOTE,
         "",
-        "K = V, a multiple of 8 up to 256",
+        "takes K = V, a multiple of 8 up to 256",
     ),
     Backend(
         "vLLM 0.33",
@@ -90,7 +90,7 @@ BACKENDS: tuple[Backend, ...] = (
         lambda k, v: k != v and _flash_unequal(k, v),
         "",
         f"{PLUGIN}; Hopper",
-        "K <= 64 and V < K, or K 129-192 with V 97-128, multiples of 8",
+        "takes K <= 64 and V < K, or K 129-192 with V 97-128, multiples of 8",
     ),
     Backend(
         "vLLM 0.33",
@@ -98,7 +98,7 @@ BACKENDS: tuple[Backend, ...] = (
         lambda k, v: k == v and k >= 32,
         f"{REMOTE}; takes int8 and int4 caches",
         "",
-        "K = V from 32 on",
+        "takes K = V from 32 on",
     ),
     Backend(
         "vLLM 0.33",
@@ -106,7 +106,7 @@ BACKENDS: tuple[Backend, ...] = (
         lambda k, v: k != v and min(k, v) >= 32,
         "",
         PLUGIN,
-        "K != V, both from 32 on",
+        "takes K != V, both from 32 on",
     ),
     Backend(
         "vLLM 0.33",
@@ -114,7 +114,7 @@ BACKENDS: tuple[Backend, ...] = (
         lambda k, v: k == v and k in FLASHINFER_WIDTHS,
         REMOTE,
         "",
-        f"K = V in {', '.join(map(str, FLASHINFER_WIDTHS))}",
+        f"takes K = V in {', '.join(map(str, FLASHINFER_WIDTHS))}",
     ),
     Backend(
         "vLLM 0.33",
@@ -122,20 +122,20 @@ BACKENDS: tuple[Backend, ...] = (
         lambda k, v: k == v and k in CPU_WIDTHS,
         REMOTE,
         "",
-        f"K = V in {', '.join(map(str, CPU_WIDTHS))}",
+        f"takes K = V in {', '.join(map(str, CPU_WIDTHS))}",
     ),
     Backend(
         "SGLang 0.5.23",
         "triton, fa3, fa4",
-        lambda k, v: True,
+        lambda *_widths: True,
         "its Transformers backend; not tried",
         "an own model class; not tried",
-        "any widths",
+        "takes any widths",
     ),
     Backend(
         "llama.cpp",
         "GGUF",
-        lambda k, v: False,
+        lambda *_widths: False,
         "",
         "",
         "has no architecture for compressed models",
@@ -172,7 +172,7 @@ def _verdict(
 ) -> Verdict:
     own = backend.engine.startswith("transformers") and backend.backend == "generate()"
     if not all(backend.takes(k, v) for k, v in widths):
-        return Verdict(backend.engine, backend.backend, False, f"takes {backend.rule}")
+        return Verdict(backend.engine, backend.backend, False, backend.rule)
     if not own and any(k != v for k, v in groups):
         note = "takes as many K latents as V latents only"
         return Verdict(backend.engine, backend.backend, False, note)

@@ -1,0 +1,1 @@
+"""The command line: it parses, calls the core, and is the only part that prints."""

@@ -1,0 +1,107 @@
+"""``vdcompress apply``: compress a model, measure it beside its base, write the artefact."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vdcompress.cli import options as o
+from vdcompress.cli.output import Flags, session
+from vdcompress.cli.show import show_plan, show_run
+from vdcompress.cli.values import device as resolve_device
+from vdcompress.cli.values import positions as read_positions
+from vdcompress.cli.values import recipe_from
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(apply)
+
+
+def apply(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A folder, an alias (pythia-70m) or a hub id."),
+    ] = None,
+    v_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of V per token and layer, all heads.", rich_help_panel=o.WHAT),
+    ] = None,
+    initializer: Annotated[
+        str | None,
+        typer.Option(help="optimal, pca, svd or random.", rich_help_panel=o.WHAT),
+    ] = None,
+    refit: Annotated[
+        o.Refit | None,
+        typer.Option(help="Refit the output projection on all heads.", rich_help_panel=o.WHAT),
+    ] = None,
+    alternate: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rounds of alternation after it.", rich_help_panel=o.WHAT),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=o.WHAT),
+    ] = None,
+    dtype: Annotated[
+        o.Dtype | None,
+        typer.Option(help="Of the weights written; the model's own.", rich_help_panel=o.WHAT),
+    ] = None,
+    recipe: o.RecipeName = None,
+    data: o.DataText = None,
+    eval_data: o.EvalData = None,
+    text_field: o.TextField = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    windows: o.Windows = None,
+    positions: o.Positions = None,
+    seed: o.Seed = None,
+    device: o.Device = "cpu",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=o.OUTPUT, help="Only plan; no weights needed."),
+    ] = False,
+    output: o.Folder = None,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compress a model's values and measure what it costs.
+
+    The original experiment is: vdcompress apply pythia-70m --v-dim 320
+    """
+    with session(Flags(json, quiet, verbose, debug)) as out:
+        overrides: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype and dtype.value,
+            "text_field": text_field,
+            "plan.v_dim": v_dim,
+            "start.initializer": initializer,
+            "start.refit": refit and refit.value,
+            "start.alternate": alternate,
+            "start.seed": seed,
+            "calibration.data": data,
+            "calibration.samples": samples,
+            "calibration.seq_len": seq_len,
+            "calibration.seed": seed,
+            "evaluation.data": eval_data,
+            "evaluation.windows": windows,
+            "evaluation.positions": read_positions(positions),
+            "heal.seed": seed,
+        }
+        merged = recipe_from(recipe, overrides)
+        from vdcompress.pipeline.apply import apply_recipe, preview
+
+        if dry_run:
+            show_plan(out, preview(merged, on_event=out.display))
+            return
+        where = resolve_device(device)
+        results = apply_recipe(
+            merged, output=output, force=force, device=where, on_event=out.display
+        )
+        show_run(out, results, f"next: vdcompress finetune {results['run']}")

@@ -1,0 +1,140 @@
+"""``vdcompress finetune``: heal a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vdcompress.cli import options as o
+from vdcompress.cli.output import Flags, session
+from vdcompress.cli.show import show_run
+from vdcompress.cli.values import device as resolve_device
+from vdcompress.cli.values import positions as read_positions
+from vdcompress.errors import UsageError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(finetune)
+
+
+def finetune(
+    *,
+    run: o.Run = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the finetune that was interrupted last."),
+    ] = False,
+    distill: Annotated[
+        bool | None,
+        typer.Option(
+            "--distill/--no-distill",
+            rich_help_panel=o.HEALING,
+            help="Learn from the base model, or from the text alone.",
+            show_default=False,
+        ),
+    ] = None,
+    train: Annotated[
+        o.Train | None,
+        typer.Option(rich_help_panel=o.HEALING, help="Which weights learn."),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=o.HEALING, help="At most so many."),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=o.HEALING, help="Epochs without improvement that stop it."
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, rich_help_panel=o.HEALING, help="Of AdamW."),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=o.HEALING, help="Sequences in a step."),
+    ] = None,
+    data: o.DataText = None,
+    eval_data: o.EvalData = None,
+    text_field: o.TextField = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    windows: o.Windows = None,
+    positions: o.Positions = None,
+    seed: o.Seed = None,
+    device: o.Device = "cpu",
+    output: o.Folder = None,
+    force: o.Force = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Heal a run with a short finetune.
+
+    The result is a new run beside it. Ctrl-C keeps the checkpoints, --resume continues from them.
+    """
+    kept = Kept()
+    with session(Flags(json, quiet, verbose, debug), kept) as out:
+        overrides: dict[str, Any] = {
+            "text_field": text_field,
+            "heal.distill": distill,
+            "heal.train": train and train.value,
+            "heal.epochs": epochs,
+            "heal.patience": patience,
+            "heal.learning_rate": learning_rate,
+            "heal.batch_size": batch_size,
+            "heal.data": data,
+            "heal.samples": samples,
+            "heal.seq_len": seq_len,
+            "heal.seed": seed,
+            "evaluation.data": eval_data,
+            "evaluation.windows": windows,
+            "evaluation.positions": read_positions(positions),
+        }
+        from vdcompress import runs
+        from vdcompress.pipeline import healing
+
+        where = resolve_device(device)
+        if resume:
+            _require_alone(overrides, output)
+            job = healing.Job.saved(runs.resolve_partial(run))
+        else:
+            job = healing.new_job(runs.resolve(run), overrides, output=output, force=force)
+        if run is None:
+            out.note(f"run: {job.run}")
+        kept.partial = job.partial
+        results = healing.finetune_run(job, force=force, device=where, on_event=out.display)
+        show_run(out, results, f"next: vdcompress export {results['run']}")
+
+
+class Kept:
+    """What an interrupted finetune leaves behind."""
+
+    def __init__(self) -> None:
+        self.partial: Path | None = None
+
+    def __call__(self) -> tuple[str, str]:
+        """Say it."""
+        if self.partial is None or not self.partial.is_dir():
+            return "nothing was written", ""
+        return (
+            f"checkpoints are kept in {self.partial}",
+            f"continue with: vdcompress finetune --resume {self.partial}",
+        )
+
+
+def _require_alone(overrides: dict[str, Any], output: Path | None) -> None:
+    """Refuse settings beside ``--resume``, which continues with those it was begun with."""
+    given = [name.split(".")[-1] for name, value in overrides.items() if value is not None]
+    given += ["output"] if output else []
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(
+            f"--resume continues with its own settings, not with {flags}",
+            "leave them out, or start again without --resume",
+        )

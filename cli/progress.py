@@ -1,0 +1,105 @@
+"""Draw the core's events on stderr: bars on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from vdcompress import events
+from vdcompress.events import EpochEnded, Event, StageEnded, StageStarted, Warned
+
+
+class Display:
+    """Listens to events: ``with Display(console) as display: work(on_event=display)``."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Display:
+        """Begin drawing, on a terminal."""
+        if self.console.is_terminal and not self.quiet:
+            self._bars = Progress(
+                SpinnerColumn(finished_text="[green]✓[/]"),
+                TextColumn("{task.description:<10}"),
+                BarColumn(bar_width=32),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("[dim]{task.fields[note]}"),
+                console=self.console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the terminal as it was."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop drawing; what was drawn stays."""
+        if self._bars:
+            self._bars.stop()
+            self._bars = None
+
+    def __call__(self, event: Event) -> None:
+        """Draw one event."""
+        if isinstance(event, Warned):
+            self._print(Text.assemble(("warning: ", "bold yellow"), event.message))
+        elif self.quiet:
+            return
+        elif isinstance(event, EpochEnded):
+            self._print(Text(epoch_line(event)))
+        elif isinstance(event, StageStarted):
+            self._start(event)
+        elif isinstance(event, StageEnded):
+            self._end(event)
+        else:
+            self._advance(event)
+
+    def _start(self, event: StageStarted) -> None:
+        if self._bars and event.stage not in self._tasks:
+            task = self._bars.add_task(event.stage, total=event.total, note="")
+            self._tasks[event.stage] = task
+
+    def _advance(self, event: events.Progress) -> None:
+        if self._bars and event.stage in self._tasks:
+            self._bars.update(self._tasks[event.stage], completed=event.done, note=event.note)
+
+    def _end(self, event: StageEnded) -> None:
+        task = self._tasks.pop(event.stage, None)
+        if self._bars and task is not None:
+            total = self._bars.tasks[self._bars.task_ids.index(task)].total or 1
+            self._bars.update(task, total=total, completed=total, note="")
+            self._bars.stop_task(task)
+        else:
+            self._print(Text(f"{event.stage}: {event.seconds:.1f} s"))
+
+    def _print(self, text: Text) -> None:
+        self.console.print(text, soft_wrap=True)
+
+
+def epoch_line(event: EpochEnded) -> str:
+    """Return an epoch's line, ``*`` marking the best so far."""
+    star = " *" if event.best else ""
+    if event.epoch == 0 or math.isnan(event.train_ppl):
+        return f"Epoch {event.epoch}: val_ppl={event.val_ppl:.1f}{star}"
+    return f"Epoch {event.epoch}: train_ppl={event.train_ppl:.1f} val_ppl={event.val_ppl:.1f}{star}"

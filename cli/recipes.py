@@ -1,0 +1,74 @@
+"""``vdcompress recipes``: list, show and check recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vdcompress.cli import options as o
+from vdcompress.cli.output import Flags, session
+from vdcompress.report import Table
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name or its YAML file.")]
+
+recipes_app = typer.Typer(help="List, show and check recipes.", invoke_without_command=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context, json: o.Json = False) -> None:
+    """List the recipes that come with vdcompress; use one with: apply --recipe NAME."""
+    if context.invoked_subcommand:
+        return
+    with session(Flags(json)) as out:
+        from vdcompress.recipe import load_recipe, shipped
+
+        found = [load_recipe(name) for name in shipped()]
+        rows = tuple(
+            (recipe.name, recipe.model or "", str(recipe.plan.v_dim or ""), recipe.description)
+            for recipe in found
+        )
+        listed = [
+            {
+                "name": recipe.name,
+                "model": recipe.model,
+                "v_dim": recipe.plan.v_dim,
+                "description": recipe.description,
+            }
+            for recipe in found
+        ]
+        table = Table("", ("recipe", "model", "v_dim", "what it does"), rows, words=4)
+        out.result({"schema": 1, "command": "recipes", "recipes": listed}, table)
+
+
+@recipes_app.command()
+def show(name: Name, json: o.Json = False) -> None:
+    """Print a recipe with every default filled in; save it, change it, use it."""
+    with session(Flags(json)) as out:
+        from vdcompress.recipe import load_recipe
+
+        recipe = load_recipe(name)
+        document = {
+            "schema": 1,
+            "command": "recipes show",
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        out.result(document, recipe.dumps().rstrip())
+
+
+@recipes_app.command()
+def check(name: Name, json: o.Json = False) -> None:
+    """Read a recipe strictly, and say whether it is sound."""
+    with session(Flags(json)) as out:
+        from vdcompress import initializers
+        from vdcompress.recipe import load_recipe
+
+        recipe = load_recipe(name)
+        initializers.get(recipe.start.initializer)
+        document = {"schema": 1, "command": "recipes check", "name": str(name), "sound": True}
+        out.result(document, f"{name}: sound")

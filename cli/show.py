@@ -1,0 +1,118 @@
+"""What each command's JSON looks like to people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vdcompress import report
+from vdcompress.cli.output import Output
+from vdcompress.report import Table
+
+Document = dict[str, Any]
+
+
+def show_plan(out: Output, found: Document) -> None:
+    """Show what ``apply --dry-run`` found."""
+    out.result(
+        found,
+        f"{found['model']['id']} ({found['model']['family']}): planned only, nothing was written",
+        report.layers(found["plan"]),
+        report.summary(found),
+    )
+
+
+def show_run(out: Output, results: Document, following: str) -> None:
+    """Show a run's results, where it is, and what to do next; then judge its quality gate.
+
+    Raises:
+        QualityGateError: the gate was missed.
+    """
+    from vdcompress.pipeline.document import require_gate
+
+    tables = [report.summary(results), report.positions(results)]
+    place = f"written to {results['run']}"
+    out.result(results, *filter(None, tables), place)
+    out.note(f"{_took(results)}; {following}")
+    require_gate(results)
+
+
+def show_evaluation(out: Output, results: Document) -> None:
+    """Show what ``evaluate`` found."""
+    tables = [report.summary(results), report.positions(results)]
+    out.result(results, *filter(None, tables))
+    out.note(_took(results))
+
+
+def show_export(out: Output, results: Document) -> None:
+    """Show where an export is and that it works."""
+    found = results["export"]
+    out.result(
+        results,
+        report.summary(results),
+        f"exported to {found['folder']}",
+        f"reloaded without vdcompress: logits within {found['logit_difference']:.1e}, it says:",
+        f"  {printable(found['text'])}",
+    )
+    out.note(
+        f'load it with: AutoModelForCausalLM.from_pretrained("{found["folder"]}", '
+        "trust_remote_code=True)"
+    )
+
+
+def printable(text: str) -> str:
+    """Return generated text in one line, without characters that steer a terminal."""
+    line = " ".join(text.split())
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
+    )
+
+
+def show_inspection(out: Output, found: Document) -> None:
+    """Show a base's or a compressed model's cache."""
+    model = found["model"] or {"id": found["run"], "family": found["plan"]["shape"]["family"]}
+    if found["kind"] == "base":
+        shape = found["shape"]
+        title = (
+            f"{model['id']} ({model['family']}): {shape['layers']} layers, hidden "
+            f"{shape['hidden']}, {shape['heads']} query heads, {shape['kv_heads']} key/value heads "
+            f"of {shape['head_dim']} ({shape['rotary_dim']} rotary), {found['dtype']}"
+        )
+        tables = [_widths(found), _capacity(found)]
+    else:
+        title = f"{found['run']}: {model['id']} ({model['family']}), compressed"
+        tables = [report.summary(found)] if found["parameters"] else []
+        tables += [report.layers(found["plan"]), _capacity(found), _engines(found)]
+    out.result(found, title, *tables)
+
+
+def _took(results: Document) -> str:
+    return f"took {sum(results['seconds'].values()):.0f} s"
+
+
+def _widths(found: Document) -> Table:
+    rows = tuple(
+        (
+            str(width["v_dim"]),
+            str(width["v_head_dim"]),
+            f"{width['bytes_per_token']:,}",
+            f"{-100 * width['reduction']:.1f}%" if width["reduction"] else "",
+        )
+        for width in found["widths"]
+    )
+    header = ("--v-dim", "per head", "cache, bytes per token", "change")
+    return Table("widths that V can have", header, rows, words=0)
+
+
+def _capacity(found: Document) -> Table:
+    per_rank = found["tokens_per_gib"]
+    header = ("ranks", *per_rank)
+    row = ("tokens per GiB on each", *(f"{tokens:,}" for tokens in per_rank.values()))
+    return Table("under tensor parallelism, 16 bit", header, (row,))
+
+
+def _engines(found: Document) -> Table:
+    rows = tuple(
+        (engine["engine"], engine["backend"], "yes" if engine["serves"] else "no", engine["note"])
+        for engine in found["serving"]
+    )
+    return Table("who serves it", ("engine", "attention", "serves", ""), rows, words=4)

@@ -1,0 +1,58 @@
+"""From what was typed to what the core takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vdcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from vdcompress.recipe import Recipe
+
+DEVICES = "cpu, cuda, cuda:N, mps or auto"
+
+
+def recipe_from(name: str | None, overrides: dict[str, Any]) -> Recipe:
+    """Return the recipe that flags and file give together; flags beat the file."""
+    from vdcompress.recipe import Recipe, load_recipe
+
+    recipe = Recipe() if name is None else load_recipe(name)
+    return recipe.merged(overrides)
+
+
+def positions(text: str | None) -> tuple[int, ...] | None:
+    """Read ``0,16,32``; None stays None.
+
+    Raises:
+        UsageError: not a list of whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(
+            f"--positions {text!r} is not a list of numbers", "like: --positions 0,16,32,64,96,128"
+        ) from error
+
+
+def device(text: str) -> str:
+    """Return the device to use; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        UsageError: unknown, or this machine has none.
+    """
+    import torch
+
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(text).type
+    except RuntimeError as error:
+        raise UsageError(f"--device {text!r} is not a device", f"one of {DEVICES}") from error
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {text!r} is not supported", f"one of {DEVICES}")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if not there[kind]:
+        raise UsageError(f"this machine has no {kind} device", "leave --device out to use the CPU")
+    return text

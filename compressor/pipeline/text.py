@@ -1,0 +1,85 @@
+"""The texts that a recipe names, as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vdcompress.data.corpus import Hashed, Role, Source, documents
+from vdcompress.data.windows import draw_windows, tokenise
+from vdcompress.events import OnEvent, Warned, ignore
+from vdcompress.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and the digest of the text that they came from.
+
+    Attributes:
+        tokens: [n, length].
+        digest: of all documents of the source's role.
+    """
+
+    tokens: Tensor
+    digest: str
+
+
+def calibration_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Draw the windows that calibrate."""
+    section = recipe.calibration
+    source = Source.parse(section.data, field=recipe.text_field)
+    texts = Hashed(documents(source, "training"))
+    drawn = draw_windows(
+        texts, tokenizer, count=section.samples, length=section.seq_len, seed=section.seed
+    )
+    return Windows(drawn, texts.digest())
+
+
+def healing_windows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_event: OnEvent = ignore
+) -> tuple[Tensor, Tensor]:
+    """Draw the sequences that heal and those that decide when to stop, both [n, seq_len].
+
+    A text that is too short for all of them gives as many as it holds, with a warning.
+    """
+    section = recipe.heal
+    source = Source.parse(section.data or recipe.calibration.data, field=recipe.text_field)
+
+    def draw(role: Role, count: int) -> Tensor:
+        drawn = draw_windows(
+            documents(source, role),
+            tokenizer,
+            count=count,
+            length=section.seq_len,
+            seed=section.seed,
+            allow_fewer=True,
+        )
+        if len(drawn) < count:
+            on_event(
+                Warned(f"{source.name} holds {len(drawn):,} sequences for {role}, not {count:,}")
+            )
+        return drawn
+
+    return draw("training", section.samples), draw("validation", section.validation_samples)
+
+
+def evaluation_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the tokens that measure, [n]: enough for the windows asked for."""
+    section = recipe.evaluation
+    source = Source.parse(evaluation_data(recipe), field=recipe.text_field)
+    texts = documents(source, "evaluation", whole=not _also_trains(recipe))
+    return tokenise(texts, tokenizer, limit=section.windows * section.seq_len + 1)
+
+
+def evaluation_data(recipe: Recipe) -> str:
+    """Return what the evaluation reads."""
+    return recipe.evaluation.data or recipe.calibration.data
+
+
+def _also_trains(recipe: Recipe) -> bool:
+    """Say whether the text that measures also calibrates or heals; then only a part measures."""
+    return evaluation_data(recipe) in (recipe.calibration.data, recipe.heal.data)

@@ -1,0 +1,154 @@
+"""What tests share: tiny random models on disk, a text, and the program run in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+END = "<|endoftext|>"
+SENTENCE = "the cache of a model grows with every token and so its values are kept narrow"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one document on stdout."""
+        return json.loads(self.out)
+
+
+Vdcompress = Callable[..., Ended]
+
+
+@pytest.fixture
+def vdcompress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vdcompress:
+    """Run the program in this process, in a folder of its own."""
+    from vdcompress.cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> Ended:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run([str(argument) for argument in arguments])
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """Return a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate([END, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+@pytest.fixture(scope="session")
+def tiny_neox(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Return the folder of a random GPT-NeoX: 2 layers, 4 heads of 16, partial rotary."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=264,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=256,
+        rotary_pct=0.25,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _save(GPTNeoXForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("neox"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Return the folder of a random Llama: 2 layers, 4 query and 2 key/value heads of 16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _save(LlamaForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a text of about 200,000 characters."""
+    draw = random.Random(0)
+    lines = (
+        " ".join(draw.choices(SENTENCE.split(), k=draw.randint(4, 16))) + ".\n" for _ in range(4000)
+    )
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_neox: Path, text_file: Path) -> Path:
+    """Return a finished run of the tiny GPT-NeoX; tests leave it as it is."""
+    from vdcompress.pipeline.apply import apply_recipe
+    from vdcompress.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    apply_recipe(Recipe().merged(tiny_settings(tiny_neox, text_file)), output=folder)
+    return folder
+
+
+def tiny_settings(model: Path, text: Path) -> dict[str, Any]:
+    """Return settings that take a second."""
+    return {
+        "model": str(model),
+        "plan.v_dim": 32,
+        "calibration.data": str(text),
+        "calibration.samples": 8,
+        "calibration.seq_len": 64,
+        "evaluation.windows": 2,
+        "evaluation.seq_len": 128,
+        "heal.samples": 16,
+        "heal.validation_samples": 8,
+        "heal.seq_len": 32,
+        "heal.epochs": 2,
+    }
+
+
+def _save(model_class: Any, config: Any, tokenizer: Any, folder: Path) -> Path:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -61,7 +61,8 @@ def measure_cache(
     """
     ids = tokens if isinstance(tokens, Tensor) else _prompt(tokens, prompt_tokens)
     ids = ids.reshape(1, -1)[:, :prompt_tokens].to(model.device)
-    output = model.generate(
+    generator: Any = model
+    output = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         min_new_tokens=new_tokens,

@@ -126,7 +126,8 @@ def _kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     p = log_p.exp()
     negative_entropy = torch.linalg.vecdot(p, log_p)
     cross = student.logsumexp(-1) - torch.linalg.vecdot(p, student)
-    return temperature**2 * (cross + negative_entropy).sum()
+    divergence: Tensor = (cross + negative_entropy).sum()
+    return temperature**2 * divergence
 
 
 def cross_entropy(

@@ -197,9 +197,9 @@ def _losses(
     """Return the losses of each predicted token, float32 [b, t], for the model, base and KL."""
     ours = _hidden(model, inputs)
     theirs = None if base is None else _hidden(base, inputs)
-    parts: dict[str, list[Tensor]] = {"model": []} | (
-        {} if base is None else {"base": [], "kl": []}
-    )
+    parts: dict[str, list[Tensor]] = {"model": []}
+    if base is not None:
+        parts |= {"base": [], "kl": []}
     for start in range(0, targets.numel(), CHUNK):
         chunk = slice(start, start + CHUNK)
         labels = targets.reshape(-1)[chunk]
@@ -233,7 +233,8 @@ def _kl(p: Tensor, p_norm: Tensor, q: Tensor, q_norm: Tensor) -> Tensor:
     """KL(p || q) of each row of logits [n, vocabulary]; both are overwritten."""
     q.neg_().add_(p)
     p.sub_(p_norm[:, None]).exp_()
-    return torch.linalg.vecdot(p, q) - p_norm + q_norm
+    divergence: Tensor = torch.linalg.vecdot(p, q)
+    return divergence - p_norm + q_norm
 
 
 def _check_finite(loss: Tensor, name: str, done: int) -> None:

@@ -74,7 +74,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self._windows[index]}
 
 
-class HealTrainer(Trainer):  # type: ignore[misc]
+class HealTrainer(Trainer):
     """Trains some parameters of a student and keeps their best values in memory."""
 
     def __init__(
@@ -88,14 +88,15 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         folder: Path,
         on_event: OnEvent,
     ) -> None:
+        self.student = student
         self.settings = settings
+        self.folder = folder
         self.teacher = teacher
         self.validation = validation
         self.on_event = on_event
-        self.bf16 = settings.bf16
-        if self.bf16 is None:
-            self.bf16 = student.device.type == "cuda"
-        self.objective = distill.Objective(
+        on_cuda = student.device.type == "cuda"
+        self.bf16 = on_cuda if settings.bf16 is None else settings.bf16
+        self.minimised = distill.Objective(
             kl=settings.kl_weight,
             ce=1.0 if teacher is None else settings.ce_weight,
             temperature=settings.temperature,
@@ -123,11 +124,11 @@ class HealTrainer(Trainer):  # type: ignore[misc]
             ModelError: it is not a finite number.
         """
         loss = distill.cross_entropy(
-            self.model,
+            self.student,
             self.validation,
             batch=self.settings.batch_size,
             chunk=self.settings.chunk_tokens,
-            bf16=bool(self.bf16),
+            bf16=self.bf16,
         )
         return _finite(loss, "validation")
 
@@ -150,16 +151,16 @@ class HealTrainer(Trainer):  # type: ignore[misc]
 
     def compute_loss(
         self,
-        model: PreTrainedModel,
-        inputs: dict[str, Tensor],
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the mean objective per predicted token, and add up the cross-entropy."""
         del model, return_outputs, num_items_in_batch
-        device = self.model.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=bool(self.bf16)):
-            found = distill.losses(self.model, self.teacher, inputs["input_ids"], self.objective)
+        device = self.student.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            found = distill.losses(self.student, self.teacher, inputs["input_ids"], self.minimised)
         self.sums[0] += found.cross_entropy
         self.sums[1] += found.tokens
         return found.objective / found.tokens
@@ -169,14 +170,13 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         del inputs
         return 0
 
-    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save, seal and prune; a disk that is full costs the checkpoint, not the run."""
-        folder = Path(self.args.output_dir)
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
             checkpoints.seal(checkpoint)
-            checkpoints.prune(folder)
+            checkpoints.prune(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(checkpoint, ignore_errors=True)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "unknown"
@@ -185,7 +185,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what is trained, and its best values; the rest of the model never changes."""
         del state_dict
-        checkpoint = Path(output_dir or self.args.output_dir)
+        checkpoint = self.folder if output_dir is None else Path(output_dir)
         checkpoint.mkdir(parents=True, exist_ok=True)
         now = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
         save_file(now, checkpoint / TRAINED)
@@ -203,7 +203,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         self.best = load_file(checkpoint / BEST)
 
 
-class _Epochs(TrainerCallback, ExportableState):  # type: ignore[misc]
+class _Epochs(TrainerCallback, ExportableState):
     """Validates after each epoch, stops early, asks for checkpoints, and tells how it goes."""
 
     def __init__(self, trainer: HealTrainer, steps_per_epoch: int) -> None:

@@ -56,16 +56,16 @@ class Source:
         path = Path(text).expanduser()
         if text == "stdlib":
             return cls(text, "stdlib", field)
-        if path.is_dir():
+        if text.strip() and path.is_dir():
             return cls(str(path), "folder", field)
-        if path.exists():
+        if path.is_file():
             if not files.is_supported(path):
                 endings = ", ".join(files.SUFFIXES)
                 raise DataError(f"{text} has an unknown ending", f"known endings: {endings}")
             return cls(str(path), "file", field)
         looks_local = text.startswith((".", "/", "~")) or files.is_supported(path)
         if looks_local or not _HUB_ID.fullmatch(text):
-            raise DataError(f"no such file or folder: {text}", "--data FILE, or --data stdlib")
+            raise DataError(f"no such file or folder: {text!r}", "--data FILE, or --data stdlib")
         return cls(text, "hub", field)
 
 

@@ -8,9 +8,10 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -19,6 +20,14 @@ from rich.text import Text
 
 from vdcompress import events
 from vdcompress.events import EpochEnded, Event, StageEnded, StageStarted, Warned
+
+
+class Steps(ProgressColumn):
+    """How many steps of how many; nothing where that is not known."""
+
+    def render(self, task: Task) -> Text:
+        """Draw it."""
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
 
 
 class Display:
@@ -34,13 +43,14 @@ class Display:
         """Begin drawing, on a terminal."""
         if self.console.is_terminal and not self.quiet:
             self._bars = Progress(
-                SpinnerColumn(finished_text="[green]✓[/]"),
+                SpinnerColumn(),
                 TextColumn("{task.description:<10}"),
                 BarColumn(bar_width=32),
-                MofNCompleteColumn(),
+                Steps(),
                 TimeElapsedColumn(),
                 TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
+                transient=True,
             )
             self._bars.start()
         return self
@@ -55,7 +65,7 @@ class Display:
         self.stop()
 
     def stop(self) -> None:
-        """Stop drawing; what was drawn stays."""
+        """Stop drawing; the lines of finished stages stay."""
         if self._bars:
             self._bars.stop()
             self._bars = None
@@ -87,11 +97,9 @@ class Display:
     def _end(self, event: StageEnded) -> None:
         task = self._tasks.pop(event.stage, None)
         if self._bars and task is not None:
-            total = self._bars.tasks[self._bars.task_ids.index(task)].total or 1
-            self._bars.update(task, total=total, completed=total, note="")
-            self._bars.stop_task(task)
-        else:
-            self._print(Text(f"{event.stage}: {event.seconds:.1f} s"))
+            self._bars.remove_task(task)
+        mark = ("✓ ", "green") if self.console.is_terminal else ""
+        self._print(Text.assemble(mark, f"{event.stage:<10} {event.seconds:6.1f} s"))
 
     def _print(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True)

@@ -71,8 +71,8 @@ class EvaluationSection(Section):
     @field_validator("positions")
     @classmethod
     def _ascending(cls, positions: tuple[int, ...]) -> tuple[int, ...]:
-        if len(positions) == 1 or list(positions) != sorted(set(positions)):
-            raise ValueError("needs two or more ascending positions, or none")
+        if len(positions) < 2 or list(positions) != sorted(set(positions)):
+            raise ValueError("needs two or more ascending positions")
         return positions
 
 
@@ -140,6 +140,7 @@ class Recipe(Section):
                 *sections, key = path.split(".")
                 target = data
                 for section in sections:
+                    target[section] = target.get(section) or {}
                     target = target[section]
                 target[key] = value
         return parse(data, "these options")

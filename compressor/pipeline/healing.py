@@ -175,13 +175,14 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
     with watch.stage("read text"):
         training, validation = text.healing_windows(job.recipe, compressed.tokenizer, on_event)
     job.save()
-    with watch.stage("finetune"):
+    settings = heal_settings(job.recipe)
+    with watch.stage("finetune", settings.total_steps(len(training))):
         return heal(
             compressed.model,
             base.model if job.recipe.heal.distill else None,
             training,
             validation,
-            heal_settings(job.recipe),
+            settings,
             checkpoints=job.partial,
             resume=job.resume,
             on_event=on_event,

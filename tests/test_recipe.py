@@ -1,0 +1,102 @@
+"""Recipes are read strictly, merged with flags, and written whole."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vdcompress.errors import RecipeError
+from vdcompress.heal_settings import HealSettings
+from vdcompress.recipe import HealSection, Recipe, load_recipe, parse, shipped
+
+NOT_IN_RECIPES = {"chunk_tokens"}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_sound_and_carries_its_file_name(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert recipe.model
+    assert recipe.plan.v_dim
+
+
+def test_a_recipe_survives_being_written() -> None:
+    recipe = load_recipe("demo").merged({"gate.max_ratio": 1.05, "evaluation.positions": (0, 8)})
+    assert parse(yaml.safe_load(recipe.dumps()), "again") == recipe
+
+
+def test_flags_beat_the_recipe_and_none_keeps_it() -> None:
+    merged = load_recipe("pythia-70m-v320").merged({"plan.v_dim": 256, "model": None})
+    assert (merged.plan.v_dim, merged.model) == (256, "pythia-70m")
+
+
+def test_the_heal_section_has_every_setting_with_its_default() -> None:
+    section = HealSection()
+    for field in fields(HealSettings):
+        if field.name not in NOT_IN_RECIPES:
+            assert getattr(section, field.name) == getattr(HealSettings(), field.name)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"version": 1, "calibraton": {}}, "unknown key 'calibraton', did you mean 'calibration'?"),
+        (
+            {"version": 1, "heal": {"learning_rat": 1}},
+            "unknown key 'heal.learning_rat', did you mean 'learning_rate'?",
+        ),
+        ({"version": 2}, "of version 2, this vdcompress reads up to version 1"),
+        ({"version": "new"}, "version 'new' is not a number"),
+        ({"model": "demo"}, "does not say its version"),
+        ({"version": 1, "plan": 3}, "plan must hold keys"),
+        ({"version": 1, "calibration": {"samples": 0}}, "calibration.samples: input should be"),
+        ({"version": 1, "evaluation": {"positions": [5, 5]}}, "ascending positions"),
+        ({"version": 1, "gate": {}}, "gate.max_ratio is missing"),
+        (None, "not a recipe"),
+        (["version"], "not a recipe"),
+    ],
+)
+def test_what_is_wrong_is_said(data: Any, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(data, "recipe x.yaml")
+    assert says in caught.value.message
+    assert "x.yaml" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse({"version": 1, "gat": {}, "heal": {"epochs": 0}, "dtype": "int8"}, "x")
+    for name in ("gat", "heal.epochs", "dtype"):
+        assert name in caught.value.message
+
+
+def test_an_unknown_name_gets_the_nearest_one() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'pythia-70m-v320'"):
+        load_recipe("pythia-70m-v32")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"a: [", "is not YAML"), (b"\xff\xfe\x00", "is not text"), (b"", "not a recipe")],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(path)
+
+
+def test_a_missing_file_is_said() -> None:
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load_recipe("nowhere.yaml")
+
+
+def test_overrides_are_checked_like_files() -> None:
+    with pytest.raises(RecipeError, match=r"calibration\.samples"):
+        Recipe().merged({"calibration.samples": -1})

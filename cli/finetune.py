@@ -78,7 +78,7 @@ def finetune(
 
     The result is a new run beside it. Ctrl-C keeps the checkpoints, --resume continues from them.
     """
-    kept = Kept()
+    kept = Checkpoints()
     with session(Flags(json, quiet, verbose, debug), kept) as out:
         overrides: dict[str, Any] = {
             "text_field": text_field,
@@ -112,7 +112,7 @@ def finetune(
         show_run(out, results, f"next: vdcompress export {results['run']}")
 
 
-class Kept:
+class Checkpoints:
     """What an interrupted finetune leaves behind."""
 
     def __init__(self) -> None:

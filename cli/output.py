@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,9 @@ INTERRUPTED = 130
 TERMINATED = 143
 BROKEN_PIPE = 141
 PLAIN_WIDTH = 120
+
+
+Kept = Callable[[], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,12 @@ class Output:
         if hint:
             self.err.print(Text.assemble(("hint: ", "bold"), _one_line(hint)), soft_wrap=True)
 
+    def keep(self, kept: Kept) -> None:
+        """Say what an error left that can be continued (stderr)."""
+        message, hint = kept()
+        if hint:
+            self.note(f"{message}; {hint}")
+
     def interrupted(self, message: str, hint: str) -> None:
         """Say what an interruption left behind (stderr)."""
         self.display.stop()
@@ -120,7 +130,7 @@ def nothing_kept() -> tuple[str, str]:
 
 
 @contextmanager
-def session(flags: Flags, kept: Callable[[], tuple[str, str]] = nothing_kept) -> Iterator[Output]:
+def session(flags: Flags, kept: Kept = nothing_kept) -> Iterator[Output]:
     """Run a command's body: show its progress, turn every error into a line and an exit code.
 
     Args:
@@ -144,13 +154,14 @@ def session(flags: Flags, kept: Callable[[], tuple[str, str]] = nothing_kept) ->
         raise typer.Exit(_explain(error, output, kept)) from None
 
 
-def _explain(error: BaseException, output: Output, kept: Callable[[], tuple[str, str]]) -> int:
+def _explain(error: BaseException, output: Output, kept: Kept) -> int:
     """Print what happened and return the exit code."""
     if isinstance(error, KeyboardInterrupt):
         output.interrupted(*kept())
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     if isinstance(error, VDCompressError):
         output.fail(error.message, error.hint)
+        output.keep(kept)
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         _close_stdout()
@@ -159,20 +170,28 @@ def _explain(error: BaseException, output: Output, kept: Callable[[], tuple[str,
         return error.code if isinstance(error.code, int) else 1
     message, hint, code = _known(error)
     output.fail(message, hint)
+    output.keep(kept)
     return code
 
 
 def _known(error: BaseException) -> tuple[str, str, int]:
     """Return message, hint and exit code of an error that is not ours."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = f" for {error.filename}" if error.filename else ""
-        return f"no space left on the device{where}", "free some, or choose another folder: -o", 3
+    if _number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "no space left on the device", "free some, or choose another folder: -o", 3
     if isinstance(error, PermissionError):
         return f"no permission: {error.filename or error}", "choose another folder: -o", 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory", "try a shorter --seq-len, or another --device", 3
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}", "a fault of ours: run again with --debug", 1
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the operating system's number of an error, also of one that came through Rust."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _console(*, stderr: bool) -> Terminal:

@@ -26,7 +26,7 @@ from vdcompress.events import EpochEnded, Event, Progress, Warned, ignore
 from vdcompress.heal import Healed, HealSettings, heal, own_parameters, trained_names
 
 VOCABULARY = 53
-SHORT = HealSettings(epochs=3, batch_size=4, learning_rate=3e-3, save_steps=4, chunk_tokens=40)
+SHORT = HealSettings(epochs=3, batch_size=4, learning_rate=3e-3, save_steps=3, chunk_tokens=40)
 
 
 def random_model(seed: int, dropout: float = 0.0) -> GPTNeoXForCausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -98,6 +99,8 @@ class Display:
         task = self._tasks.pop(event.stage, None)
         if self._bars and task is not None:
             self._bars.remove_task(task)
+        if sys.exception() is not None:  # it was left, not finished
+            return
         mark = ("✓ ", "green") if self.console.is_terminal else ""
         self._print(Text.assemble(mark, f"{event.stage:<10} {event.seconds:6.1f} s"))
 

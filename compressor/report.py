@@ -59,8 +59,9 @@ def summary(results: Results) -> Table:
         (title, *map(form, values), change(values[0], values[-1])) for title, form, values in found
     ]
     if perplexity.get("kl") is not None:
-        blanks = [NONE] * (1 + healed)
-        rows.append(("KL to the base, nats per token", *blanks, f"{perplexity['kl']:.4f}", ""))
+        names = ("compressed_kl", "kl") if healed else ("kl",)
+        distances = (_nats(perplexity.get(name)) for name in names)
+        rows.append(("KL to the base, nats per token", NONE, *distances, ""))
     header = ("", "base", "compressed", *(["healed"] if healed else []), "change")
     return Table("", header, tuple(rows))
 
@@ -109,10 +110,9 @@ def model_card(results: Results) -> str:
     name = str(model["id"]).rstrip("/").split("/")[-1]
     parts = [
         _front_matter(str(model["id"]), str(model["family"])),
-        f"# {name}, key/value cache {_percent(-cache['reduction'])}",
-        f"This is `{name}` with a smaller key/value cache, made by "
-        "[vdcompress](https://pypi.org/project/vdcompress/). Attention runs on the narrow values "
-        "as they are cached; nothing is restored to full width.",
+        f"# {name} with a {100 * cache['reduction']:.4g}% smaller key/value cache",
+        f"This is `{name}`, compressed in its architecture by vdcompress. Attention runs on the "
+        "narrow values as they are cached; nothing is restored to full width.",
         summary(results).markdown(),
     ]
     if gate := results.get("gate"):
@@ -183,6 +183,10 @@ def _count(value: float | None) -> str:
 
 def _ppl(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
+
+
+def _nats(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
 
 
 def _percent(share: float) -> str:

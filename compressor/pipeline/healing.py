@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdcompress import runs
+from vdcompress import checkpoints, runs
 from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
 from vdcompress.errors import RunError
-from vdcompress.events import OnEvent, Stopwatch, ignore
+from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
 from vdcompress.load import Base, load
 from vdcompress.pipeline import text
@@ -140,6 +141,9 @@ def finetune_run(
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
     before = _before(job, compressed, base, tokens, timed)
     healed = _heal(job, compressed, base, timed)
+    if healed.best_epoch == 0:
+        start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
+        on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
     round_weights(compressed.model, compressed.dtype)
     measured = measure(compressed, base, tokens, job.recipe, timed)
     fields = measured.fields(compressed.plan, job.recipe)
@@ -176,7 +180,8 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
         training, validation = text.healing_windows(job.recipe, compressed.tokenizer, on_event)
     job.save()
     settings = heal_settings(job.recipe)
-    with watch.stage("finetune", settings.total_steps(len(training))):
+    steps = settings.total_steps(len(training))
+    with watch.stage("finetune", steps), _unless_empty(job.partial):
         return heal(
             compressed.model,
             base.model if job.recipe.heal.distill else None,
@@ -187,6 +192,17 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
             resume=job.resume,
             on_event=on_event,
         )
+
+
+@contextmanager
+def _unless_empty(partial: Path) -> Iterator[None]:
+    """Keep what an interrupted block leaves in ``partial`` only if there is a checkpoint."""
+    try:
+        yield
+    except BaseException:
+        if checkpoints.newest(partial) is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _before(
@@ -208,7 +224,11 @@ def _beside(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         bucket | {"compressed": earlier["compressed"], "healed": bucket["compressed"]}
         for earlier, bucket in zip(before["positions"], after["positions"], strict=True)
     ]
-    perplexity = new | {"compressed": old["compressed"], "healed": new["compressed"]}
+    perplexity = new | {
+        "compressed": old["compressed"],
+        "compressed_kl": old.get("compressed_kl", old["kl"]),
+        "healed": new["compressed"],
+    }
     return {"perplexity": perplexity, "positions": positions}
 
 

@@ -9,7 +9,8 @@ import typer
 
 from vdcompress import report
 from vdcompress.cli import options as o
-from vdcompress.cli.output import Flags, Output, session
+from vdcompress.cli.output import Flags, Output
+from vdcompress.cli.session import session
 from vdcompress.cli.show import printable
 
 FOLDER = Path("vdcompress-demo")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import typer
 
 from vdcompress.cli import options as o
-from vdcompress.cli.output import Flags, session
+from vdcompress.cli.output import Flags
+from vdcompress.cli.session import session
 from vdcompress.cli.show import show_export
 
 

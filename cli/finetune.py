@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from vdcompress.cli import options as o
-from vdcompress.cli.output import Flags, session
+from vdcompress.cli.output import Flags
+from vdcompress.cli.session import session
 from vdcompress.cli.show import show_run
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from vdcompress.cli import options as o
-from vdcompress.cli.output import Flags, session
+from vdcompress.cli.output import Flags
+from vdcompress.cli.session import session
 from vdcompress.cli.show import show_inspection
 
 

@@ -59,8 +59,8 @@ def summary(results: Results) -> Table:
         (title, *map(form, values), change(values[0], values[-1])) for title, form, values in found
     ]
     if perplexity.get("kl") is not None:
-        names = ("compressed_kl", "kl") if healed else ("kl",)
-        distances = (_nats(perplexity.get(name)) for name in names)
+        keys = ["compressed_kl", "kl"] if healed else ["kl"]
+        distances = (_nats(perplexity.get(key)) for key in keys)
         rows.append(("KL to the base, nats per token", NONE, *distances, ""))
     header = ("", "base", "compressed", *(["healed"] if healed else []), "change")
     return Table("", header, tuple(rows))
@@ -76,12 +76,6 @@ def positions(results: Results) -> Table | None:
         for bucket in buckets
     ]
     return Table("perplexity by position", ("tokens", *names), tuple(rows)) if rows else None
-
-
-def seconds(results: Results) -> Table:
-    """Return the time that each stage took."""
-    rows = tuple((stage, f"{value:.1f} s") for stage, value in results["seconds"].items())
-    return Table("time", ("stage", "time"), rows)
 
 
 def layers(plan: Results) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import Ended, Vdcompress
-from vdcompress.cli.output import Terminated
+from vdcompress.cli.session import Terminated
 
 PROGRAM = "from vdcompress.cli.app import main; main()"
 APPLY = ("--v-dim", "32", "--samples", "8", "--seq-len", "64", "--windows", "2")
@@ -181,6 +181,16 @@ def test_a_recipe_with_an_unknown_key(
 ) -> None:
     Path("mine.yaml").write_text(f"version: 1\n{line}\n")
     assert_refused(vdcompress("apply", tiny_neox, "--recipe", "mine.yaml"), 3, says)
+
+
+def test_too_little_text_to_measure_is_said_before_the_work(
+    vdcompress: Vdcompress, tiny_neox: Path, text_file: Path
+) -> None:
+    Path("little.txt").write_text("a few words")
+    arguments = (*APPLY, "--data", text_file, "--eval-data", "little.txt")
+    ended = vdcompress("apply", tiny_neox, *arguments)
+    assert_refused(ended, 3, "fewer than one window of 256")
+    assert "calibrate" not in ended.err
 
 
 def test_a_recipe_of_a_future_version(vdcompress: Vdcompress, tiny_neox: Path) -> None:

@@ -22,18 +22,19 @@ from vdcompress.pipeline.document import (
 )
 from vdcompress.pipeline.measure import measure
 from vdcompress.pipeline.settings import model_of, plan_of, settle
+from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe
 from vdcompress.report import model_card
 from vdcompress.rewrite import needed_statistics, rewrite
 
 
 @dataclass(frozen=True)
-class Made:
-    """A compressed model beside its base, and the settled recipe that made it."""
+class Opened:
+    """A loaded base, and what is to become of it: the settled recipe and its plan."""
 
     base: Base
-    compressed: Compressed
     recipe: Recipe
+    plan: Plan
 
 
 def compress(
@@ -62,7 +63,10 @@ def compress(
         VDCompressError: any of its kinds, in one line with a hint.
     """
     values = {"model": model, "plan.v_dim": v_dim, **(overrides or {})}
-    return make((recipe or Recipe()).merged(values), device, on_event).compressed
+    opened = open_base((recipe or Recipe()).merged(values), device, on_event)
+    with Stopwatch(on_event).stage("read text"):
+        windows = text.calibration_windows(opened.recipe, opened.base.tokenizer)
+    return rewritten(opened, windows, on_event)
 
 
 def apply_recipe(
@@ -95,27 +99,30 @@ def apply_recipe(
         require_free(output, force=force)
     timed = Timed(on_event)
     start_memory = peak_memory()
-    made = make(recipe, device, timed)
-    tokens = text.evaluation_tokens(made.recipe, made.compressed.tokenizer)
-    measured = measure(made.compressed, made.base, tokens, made.recipe, timed)
-    plan = made.compressed.plan
+    opened = open_base(recipe, device, timed)
+    with Stopwatch(timed).stage("read text"):
+        windows = text.calibration_windows(opened.recipe, opened.base.tokenizer)
+        tokens = text.evaluation_tokens(opened.recipe, opened.base.tokenizer)
+    compressed = rewritten(opened, windows, timed)
+    measured = measure(compressed, opened.base, tokens, opened.recipe, timed)
+    plan, settled = opened.plan, opened.recipe
     folder = output or runs.new_run(model_of(recipe), f"v{recipe.plan.v_dim}", root)
     results = document(
         "apply",
-        made.base,
+        opened.base,
         plan,
         run=str(folder),
-        **measured.fields(plan, made.recipe),
-        gate=judged(made.recipe, measured.quality.ratio),
+        **measured.fields(plan, settled),
+        gate=judged(settled, measured.quality.ratio),
         seconds=timed.seconds,
         environment=environment(device, start_memory),
     )
     with Stopwatch(timed).stage("write"):
         write_artifact(
             folder,
-            made.compressed,
+            compressed,
             results=results,
-            recipe=made.recipe.dumps(),
+            recipe=settled.dumps(),
             card=model_card(results),
             force=force,
         )
@@ -130,24 +137,26 @@ def preview(recipe: Recipe, *, on_event: OnEvent = ignore) -> dict[str, Any]:
     return document("apply", base, plan, dry_run=True, recipe=settled.model_dump(mode="json"))
 
 
-def make(recipe: Recipe, device: str, on_event: OnEvent) -> Made:
-    """Carry a recipe out up to the rewritten model."""
-    watch = Stopwatch(on_event)
+def open_base(recipe: Recipe, device: str, on_event: OnEvent) -> Opened:
+    """Settle a recipe from the base's config, then load the weights."""
     config = load_config(model_of(recipe), revision=recipe.revision)
     recipe = settle(recipe, config.config, on_event)
     plan = plan_of(recipe, config.shape, on_event)
-    with watch.stage("load"):
+    with Stopwatch(on_event).stage("load"):
         base = load(model_of(recipe), revision=recipe.revision, device=device)
-    base = replace(base, dtype=recipe.dtype or base.dtype)
-    with watch.stage("read text"):
-        windows = text.calibration_windows(recipe, base.tokenizer)
+    return Opened(replace(base, dtype=recipe.dtype or base.dtype), recipe, plan)
+
+
+def rewritten(opened: Opened, windows: text.Windows, on_event: OnEvent) -> Compressed:
+    """Calibrate and rewrite a base as its plan says."""
+    base, plan = opened.base, opened.plan
+    watch = Stopwatch(on_event)
     with watch.stage("calibrate", len(windows.tokens)):
-        statistics = calibrate(
-            base, windows.tokens, needs=needed_statistics(plan), on_event=on_event
-        )
+        needs = needed_statistics(plan)
+        statistics = calibrate(base, windows.tokens, needs=needs, on_event=on_event)
     with watch.stage("rewrite", plan.shape.layers):
         model = rewrite(base, plan, statistics, on_event=on_event)
-    compressed = Compressed(
+    return Compressed(
         model=model,
         tokenizer=base.tokenizer,
         plan=plan,
@@ -157,4 +166,3 @@ def make(recipe: Recipe, device: str, on_event: OnEvent) -> Made:
         dtype=base.dtype,
         calibration=windows.digest,
     )
-    return Made(base, compressed, recipe)

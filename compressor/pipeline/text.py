@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vdcompress.data.corpus import Hashed, Role, Source, documents
 from vdcompress.data.windows import draw_windows, tokenise
+from vdcompress.errors import DataError
 from vdcompress.events import OnEvent, Warned, ignore
 from vdcompress.recipe import Recipe
 
@@ -68,11 +69,22 @@ def healing_windows(
 
 
 def evaluation_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the tokens that measure, [n]: enough for the windows asked for."""
+    """Return the tokens that measure, [n]: at most those of the windows asked for.
+
+    Raises:
+        DataError: fewer than one window.
+    """
     section = recipe.evaluation
     source = Source.parse(evaluation_data(recipe), field=recipe.text_field)
     texts = documents(source, "evaluation", whole=not _also_trains(recipe))
-    return tokenise(texts, tokenizer, limit=section.windows * section.seq_len + 1)
+    tokens = tokenise(texts, tokenizer, limit=section.windows * section.seq_len + 1)
+    if len(tokens) <= section.seq_len:
+        raise DataError(
+            f"{source.name} holds {len(tokens):,} tokens to measure on, fewer than one window of "
+            f"{section.seq_len:,}",
+            "give more text (--eval-data), or set evaluation.seq_len in a recipe",
+        )
+    return tokens
 
 
 def evaluation_data(recipe: Recipe) -> str:

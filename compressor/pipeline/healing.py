@@ -26,7 +26,7 @@ from vdcompress.pipeline.document import (
 )
 from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.results import read_recipe, read_results
-from vdcompress.pipeline.rounding import round_weights
+from vdcompress.rounding import round_weights
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.recipe import Recipe, parse
 from vdcompress.report import model_card

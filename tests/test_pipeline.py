@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import tiny_settings
-
 import vdcompress
+from conftest import tiny_settings
 from vdcompress.events import Event, StageStarted
 from vdcompress.pipeline.apply import apply_recipe, preview
 from vdcompress.recipe import Recipe

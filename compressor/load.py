@@ -161,9 +161,7 @@ def _read_config(identity: str, folder: Path, commit: str | None) -> BaseConfig:
         shape = family.shape(config)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ModelError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    return BaseConfig(
-        identity, commit, folder, config, family, shape, _storage_dtype(config)
-    )
+    return BaseConfig(identity, commit, folder, config, family, shape, _storage_dtype(config))
 
 
 def _storage_dtype(config: PreTrainedConfig) -> str:

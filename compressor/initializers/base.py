@@ -169,7 +169,9 @@ def square_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     kept = values > SINGULAR * values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
     roots = values.clamp_min(0).sqrt() * kept
     inverse = torch.where(kept, 1 / roots.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
-    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return (vectors * roots.unsqueeze(-2)) @ vectors.mT, (
+        vectors * inverse.unsqueeze(-2)
+    ) @ vectors.mT
 
 
 def _measured(moments: Moments | None, name: str) -> Moments:

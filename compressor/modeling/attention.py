@@ -98,9 +98,7 @@ def latent_attention(
         widest = max(query.shape[-1], width)
         query, key, value = (_pad(x, widest) for x in (query, key, value))
     order = (
-        sdpa_kernel(CUDA_ORDER, set_priority=True)
-        if query.is_cuda
-        else contextlib.nullcontext()
+        sdpa_kernel(CUDA_ORDER, set_priority=True) if query.is_cuda else contextlib.nullcontext()
     )
     with order:
         output, _ = sdpa_attention_forward(

@@ -9,6 +9,8 @@ the compressed models with transformers' auto classes and costs nothing more unt
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if __name__ != "vdcompress":
@@ -61,6 +63,16 @@ _ROOMS = {
     "rewrite": "rewrite",
 }
 
+
+class _Package(ModuleType):
+    """Keeps a verb in sight when the room of the same name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _ROOMS or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 register_when_needed()
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vdcompress.artifact import load_artifact
 from vdcompress.events import OnEvent, Stopwatch, ignore
-from vdcompress.load import load
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import Timed, document, environment, peak_memory
 from vdcompress.pipeline.measure import measure
+from vdcompress.pipeline.opening import open_base_of, open_run
 from vdcompress.pipeline.results import read_recipe
 from vdcompress.pipeline.settings import settle
 
@@ -34,8 +33,8 @@ def evaluate_run(
     timed = Timed(on_event)
     start_memory = peak_memory()
     with Stopwatch(timed).stage("load"):
-        compressed = load_artifact(run, device=device)
-        base = load(compressed.base_id, revision=compressed.base_revision, device=device)
+        compressed = open_run(run, device)
+        base = open_base_of(compressed, device)
     recipe = settle(read_recipe(run).merged(overrides or {}), base.config, timed)
     tokens = text.evaluation_tokens(recipe, compressed.tokenizer)
     measured = measure(compressed, base, tokens, recipe, timed)

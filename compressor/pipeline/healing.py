@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdcompress import checkpoints, runs
-from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
+from vdcompress.artifact import Compressed, require_free, write_artifact
 from vdcompress.errors import RunError
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
-from vdcompress.load import Base, load
+from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (
     Timed,
@@ -25,11 +25,12 @@ from vdcompress.pipeline.document import (
     peak_memory,
 )
 from vdcompress.pipeline.measure import Measured, measure
+from vdcompress.pipeline.opening import open_base_of, open_run
 from vdcompress.pipeline.results import read_recipe, read_results
-from vdcompress.rounding import round_weights
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.recipe import Recipe, parse
 from vdcompress.report import model_card
+from vdcompress.rounding import round_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +136,8 @@ def finetune_run(
     timed = Timed(on_event)
     start_memory = peak_memory()
     with Stopwatch(timed).stage("load"):
-        compressed = load_artifact(job.run, device=device)
-        base = load(compressed.base_id, revision=compressed.base_revision, device=device)
+        compressed = open_run(job.run, device)
+        base = open_base_of(compressed, device)
     job = replace(job, recipe=settle(job.recipe, base.config, timed))
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
     before = _before(job, compressed, base, tokens, timed)

@@ -138,9 +138,10 @@ class Plan:
         Raises:
             PlanError: for a future format, missing or unknown fields, or an unsound layout.
         """
-        if data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, Mapping) else None
+        if found != FORMAT:
             raise PlanError(
-                [f"plan format {data.get('format')!r} is not {FORMAT}"],
+                [f"plan format {found!r} is not {FORMAT}"],
                 "install the vdcompress that wrote it",
             )
         try:
@@ -149,9 +150,9 @@ class Plan:
                 layers=tuple(LayerLayout.from_json(layer) for layer in data["layers"]),
                 start=Start(**data["start"]),
             )
+            plan.validate()
         except (KeyError, TypeError) as error:
             raise PlanError([f"not a plan: {error}"]) from error
-        plan.validate()
         return plan
 
     def dumps(self) -> str:

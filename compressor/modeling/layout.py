@@ -133,12 +133,7 @@ def problems(layout: LayerLayout, *, heads: int, kv_heads: int, frequencies: int
     """
     found = []
     for name, part in zip(("v", "k_nope", "k_rotary"), layout.parts, strict=True):
-        if part.groups < 1 or kv_heads % part.groups or heads % part.groups:
-            found.append(f"{name}.groups {part.groups} does not divide {kv_heads} key/value heads")
-        if part.bits not in BITS:
-            found.append(f"{name}.bits {part.bits} is none of {', '.join(map(str, BITS))}")
-        if part.maps not in MAPS:
-            found.append(f"{name}.maps {part.maps!r} is none of {', '.join(MAPS)}")
+        found += [f"{name}.{reason}" for reason in _part_problems(part, heads, kv_heads)]
     rotary = layout.k_rotary
     if rotary.width != 2 * len(rotary.frequencies):
         found.append(f"k_rotary.width {rotary.width} is not twice its number of frequencies")
@@ -156,4 +151,17 @@ def problems(layout: LayerLayout, *, heads: int, kv_heads: int, frequencies: int
     more, fewer = max(layout.k_groups, layout.v_groups), min(layout.k_groups, layout.v_groups)
     if fewer > 0 and more % fewer:
         found.append(f"{more} groups on one side are not a multiple of {fewer} on the other")
+    return found
+
+
+def _part_problems(part: Part, heads: int, kv_heads: int) -> list[str]:
+    found = []
+    if part.groups < 1 or kv_heads % part.groups or heads % part.groups:
+        found.append(f"groups {part.groups} does not divide {kv_heads} key/value heads")
+    if part.width < 0:
+        found.append(f"width {part.width} is below zero")
+    if part.bits not in BITS:
+        found.append(f"bits {part.bits} is none of {', '.join(map(str, BITS))}")
+    if part.maps not in MAPS:
+        found.append(f"maps {part.maps!r} is none of {', '.join(MAPS)}")
     return found

@@ -22,7 +22,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` steps of the stage's total are finished; ``note`` is a short state, such as a loss."""
+    """``done`` of the stage's steps are finished; ``note`` is a short state, such as a loss."""
 
     stage: str
     done: int

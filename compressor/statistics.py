@@ -53,7 +53,7 @@ class MomentSum:
         self.products: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Add a batch ``x`` [tokens, n] or [tokens, heads, n], upcast to float64 for the products."""
+        """Add a batch ``x`` [tokens, n] or [tokens, heads, n], in float64 for the products."""
         x = x.detach().to(torch.float64)
         stacked = x.transpose(0, -2)
         total, products = x.sum(0), stacked.mT @ stacked

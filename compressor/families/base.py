@@ -96,7 +96,7 @@ class Family(ABC):
 
     @abstractmethod
     def layers_prefix(self) -> str:
-        """Return what stands before the layer's number in parameter names, such as ``model.layers``."""
+        """Return what stands before a layer's number in names, such as ``model.layers``."""
 
     @abstractmethod
     def projection_bias(self, config: PreTrainedConfig) -> dict[str, bool]:

@@ -32,7 +32,7 @@ CUDA_ORDER = [
 ]
 
 
-def matmul_attention(
+def matmul_attention(  # noqa: PLR0917
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -72,7 +72,7 @@ def matmul_attention(
     return output.view(b, h, t, -1).transpose(1, 2).contiguous(), weights
 
 
-def latent_attention(
+def latent_attention(  # noqa: PLR0917
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -29,7 +29,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._rooms: tuple[Tensor, Tensor] | None = None
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new latents [b, g, new, width] behind the stored ones and return all of them."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):

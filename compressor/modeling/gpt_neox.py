@@ -41,7 +41,7 @@ class VDGPTNeoXAttention(LatentAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map [b, t, hidden] to [b, t, hidden], through the cache ``layer_past`` if there is one."""
+        """Map [b, t, hidden] to [b, t, hidden], through ``layer_past`` if there is a cache."""
         query, key, value = self.latents(hidden_states, position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)

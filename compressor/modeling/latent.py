@@ -155,7 +155,7 @@ class LatentAttention(nn.Module):
     def latents(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query [b, h, t, k], key [b, g, t, k] and value [b, g', t, v] for [b, t, hidden]."""
+        """Map [b, t, hidden] to query [b, h, t, k], key [b, g, t, k] and value [b, g', t, v]."""
         layout = self.layout
         cos, sin = position_embeddings
         query = _heads(self.q_proj(hidden_states), self.config.num_attention_heads)

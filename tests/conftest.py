@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -103,6 +104,68 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) ->
         eos_token_id=0,
     )
     return _save(LlamaForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("llama"))
+
+
+def _families() -> tuple[str, ...]:
+    from vdcompress import families
+
+    return families.available()
+
+
+@pytest.fixture(scope="session", params=_families())
+def base(request: Any, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Any:
+    """Return a loaded float32 base of every family; all weights and biases are random."""
+    import torch
+
+    from vdcompress import families
+    from vdcompress.load import load
+
+    torch.set_num_threads(1)
+    model_class = families.get(request.param).base_class()
+    folder = tmp_path_factory.mktemp(request.param)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = model_class(model_class.config_class(**_tiny_config(model_class)))
+        for name, parameter in model.named_parameters():
+            scale = parameter.dim() == 1 and name.endswith("weight")  # of a norm
+            torch.nn.init.normal_(parameter, mean=float(scale), std=0.15)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return load(folder)
+
+
+def _tiny_config(model_class: Any) -> dict[str, Any]:
+    """2 layers, 4 heads of 16, 2 key/value heads where a family knows of them."""
+    known = {field.name for field in dataclasses.fields(model_class.config_class)}
+    wanted = {
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+@pytest.fixture(scope="session")
+def token_windows() -> Any:
+    """Return token ids [16, 64]."""
+    import torch
+
+    return torch.randint(1, 264, (16, 64), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def statistics(base: Any, token_windows: Any) -> Any:
+    """Return all moments of ``base`` on ``token_windows``."""
+    from vdcompress.calibrate import calibrate
+
+    return calibrate(base, token_windows, batch=4)
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,44 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+from vdcompress.errors import RunError
+
+IDENTITY = "heal.json"
 SEAL = "complete.json"
 KEPT = 2
+
+
+def claim(folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
+    """Note whose checkpoints a folder is for, or see that they are this run's own.
+
+    Args:
+        folder: made if need be.
+        identity: what must be equal for a resumed run to continue exactly, as plain values.
+        resume: checkpoints may lie there already.
+
+    Raises:
+        RunError: checkpoints lie there and should not, or they are of another run.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any_in(folder):
+            if not resume:
+                raise RunError(f"{folder} has checkpoints already", "resume, or take a new folder")
+            _compare(json.loads((folder / IDENTITY).read_text()), identity, folder)
+        write_atomically(folder / IDENTITY, json.dumps(identity, indent=1))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot use {folder} for checkpoints: {error}") from error
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differ:
+        raise RunError(
+            f"the checkpoints in {folder} are of another run: {', '.join(differ)} differ",
+            "resume with the same settings and data, or start a new run",
+        )
 
 
 def seal(checkpoint: Path) -> None:

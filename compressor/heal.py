@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vdcompress import checkpoints as store
-from vdcompress.errors import DataError, RunError, UsageError
+from vdcompress.errors import DataError, UsageError
 from vdcompress.events import EpochEnded, OnEvent, Warned, ignore
 from vdcompress.heal_settings import STAGE, HealSettings
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["STAGE", "HealSettings", "Healed", "heal", "trained_names"]
 
 _ATTENTION = (".attention.", ".self_attn.")
-_SETTINGS = "heal.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def heal(
     _check(student, teacher, train, validation, settings)
     teacher = teacher if settings.distill else None
     names = trained_names(student, settings.train)
-    _claim(checkpoints, _identity(student, names, train, validation, settings), resume)
+    identity = _identity(student, names, train, validation, settings)
+    store.claim(checkpoints, identity, resume=resume)
     last = store.newest(checkpoints) if resume else None
     if resume and last is None:
         on_event(Warned(f"no complete checkpoint in {checkpoints}: starting from the beginning"))
@@ -123,7 +123,7 @@ def heal(
 
 def _run(trainer: HealTrainer, last: Path | None) -> None:
     """Train from the start, or go on from a checkpoint that may be the end already."""
-    from vdcompress.heal_trainer import finished_record
+    from vdcompress.heal_epochs import finished_record
 
     if last is None:
         trainer.begin()
@@ -217,28 +217,6 @@ def _frozen(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
         yield
     finally:
         teacher.train(training)
-
-
-def _claim(folder: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Note whose checkpoints these are, or see that they are this run's own."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if store.any_in(folder):
-            if not resume:
-                raise RunError(f"{folder} has checkpoints already", "resume, or take a new folder")
-            _compare(json.loads((folder / _SETTINGS).read_text()), identity, folder)
-        store.write_atomically(folder / _SETTINGS, json.dumps(identity, indent=1))
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot use {folder} for checkpoints: {error}") from error
-
-
-def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if differ:
-        raise RunError(
-            f"the checkpoints in {folder} are of another run: {', '.join(differ)} differ",
-            "resume with the same settings and data, or start a new run",
-        )
 
 
 def _identity(

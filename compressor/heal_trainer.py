@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +16,16 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
 from vdcompress import checkpoints, distill
-from vdcompress.errors import ModelError
-from vdcompress.events import EpochEnded, OnEvent, Progress, Warned
-from vdcompress.heal_settings import STAGE, HealSettings
+from vdcompress.events import OnEvent, Warned
+from vdcompress.heal_epochs import Epochs, Record, finite
+from vdcompress.heal_settings import HealSettings
 
 TRAINED = "trained.safetensors"
 BEST = "best.safetensors"
-_LOOK_EVERY = 10
-
-
-@dataclass
-class Record:
-    """How far training has come; saved in each checkpoint.
-
-    Attributes:
-        best_loss: lowest validation cross-entropy so far, that of the start included.
-        best_epoch: when it was reached; 0 is the start.
-        worse: epochs since then.
-        finished: nothing is left to train.
-        tokens_seen: training tokens predicted in the ended epochs.
-        loss_sum: training cross-entropy summed over this epoch's tokens so far.
-        loss_tokens: those tokens.
-        initial_loss: validation cross-entropy at the start.
-        history: the ended epochs, as fields of :class:`EpochEnded`.
-    """
-
-    best_loss: float
-    initial_loss: float
-    best_epoch: int = 0
-    worse: int = 0
-    finished: bool = False
-    tokens_seen: int = 0
-    loss_sum: float = 0.0
-    loss_tokens: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -109,7 +76,7 @@ class HealTrainer(Trainer):
         self.best: dict[str, Tensor] = {}
         self.sums = torch.zeros(2, dtype=torch.float64, device=student.device)
         self.record = Record(math.inf, math.inf)
-        self.add_callback(_Epochs(self, settings.steps_per_epoch(len(train))))
+        self.add_callback(Epochs(self, settings.steps_per_epoch(len(train))))
 
     def begin(self) -> None:
         """Measure the start, which is the best until an epoch is better."""
@@ -130,7 +97,7 @@ class HealTrainer(Trainer):
             chunk=self.settings.chunk_tokens,
             bf16=self.bf16,
         )
-        return _finite(loss, "validation")
+        return finite(loss, "validation")
 
     def training_sums(self) -> tuple[float, int]:
         """Return this epoch's summed cross-entropy and its tokens.
@@ -139,7 +106,7 @@ class HealTrainer(Trainer):
             ModelError: the loss is not a finite number.
         """
         total, tokens = self.sums.tolist()
-        return _finite(total, "training"), int(tokens)
+        return finite(total, "training"), int(tokens)
 
     def remember(self) -> None:
         """Keep a copy of the trained parameters as the best ones."""
@@ -203,78 +170,6 @@ class HealTrainer(Trainer):
         self.best = load_file(checkpoint / BEST)
 
 
-class _Epochs(TrainerCallback, ExportableState):
-    """Validates after each epoch, stops early, asks for checkpoints, and tells how it goes."""
-
-    def __init__(self, trainer: HealTrainer, steps_per_epoch: int) -> None:
-        self.trainer = trainer
-        self.steps_per_epoch = steps_per_epoch
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this callback."""
-        record = self.trainer.record
-        record.loss_sum, record.loss_tokens = self.trainer.training_sums()
-        return {"args": {}, "attributes": asdict(record)}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the record of the checkpoint that training resumes from."""
-        del args, control, kwargs
-        if state.global_step:
-            record = record_of(state.stateful_callbacks)
-            self.trainer.record = record
-            self.trainer.sums[0] = record.loss_sum
-            self.trainer.sums[1] = record.loss_tokens
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the loss now and then, and save within an epoch where that is asked for."""
-        del args, kwargs
-        step = state.global_step
-        if step % _LOOK_EVERY == 0:
-            note = f"train_ppl {_perplexity(*self.trainer.training_sums()):.4g}"
-            self.trainer.on_event(Progress(STAGE, step, note))
-        every = self.trainer.settings.save_steps
-        ends_epoch = step % self.steps_per_epoch == 0 or step >= state.max_steps
-        if every and step % every == 0 and not ends_epoch:
-            control.should_save = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Validate; keep the weights if they are the best; stop if patience is over."""
-        del args, kwargs
-        trainer = self.trainer
-        record = trainer.record
-        total, tokens = trainer.training_sums()
-        trainer.sums.zero_()
-        record.tokens_seen += tokens
-        loss = trainer.validation_loss()
-        epoch = len(record.history) + 1
-        better = loss < record.best_loss
-        if better:
-            record.best_loss, record.best_epoch, record.worse = loss, epoch, 0
-            trainer.remember()
-        else:
-            record.worse += 1
-        ended = EpochEnded(epoch, _perplexity(total, tokens), _exp(loss), better)
-        record.history.append(asdict(ended))
-        record.finished = (
-            record.worse >= trainer.settings.patience or state.global_step >= state.max_steps
-        )
-        control.should_training_stop = record.finished
-        control.should_save = True
-        trainer.on_event(ended)
-
-
-def record_of(stateful_callbacks: dict[str, Any]) -> Record:
-    """Return the record among the states of callbacks that a checkpoint holds."""
-    return Record(**stateful_callbacks[_Epochs.__name__]["attributes"])
-
-
-def finished_record(checkpoint: Path) -> Record | None:
-    """Return the record of a checkpoint after which nothing is left to train, else None."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    record = record_of(state.stateful_callbacks)
-    return record if record.finished else None
-
-
 def _arguments(settings: HealSettings, folder: Path, device: torch.device) -> TrainingArguments:
     schedules = {"constant": "constant_with_warmup"}
     arguments = TrainingArguments(
@@ -307,19 +202,3 @@ def _assign(parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor]
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
-
-
-def _finite(loss: float, which: str) -> float:
-    if not math.isfinite(loss):
-        raise ModelError(
-            f"the {which} loss became NaN or infinite", "try a lower learning rate, or no bf16"
-        )
-    return loss
-
-
-def _perplexity(total: float, tokens: int) -> float:
-    return _exp(total / max(tokens, 1))
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))

@@ -25,19 +25,19 @@ from vdcompress.data.corpus import Source, documents
 from vdcompress.data.windows import draw_windows
 from vdcompress.heal import HealSettings, heal
 from vdcompress.load import Base, load
-from vdcompress.rounding import round_weights
 from vdcompress.plan import make_plan
 from vdcompress.rewrite import rewrite
+from vdcompress.rounding import round_weights
 
-DEFAULT = HealSettings()
+BASIC = HealSettings(batch_size=32, learning_rate=2e-4, epochs=6)
 TRIALS = {
-    "default": DEFAULT,
-    "lr 2e-4": replace(DEFAULT, learning_rate=2e-4),
-    "lr 1e-3": replace(DEFAULT, learning_rate=1e-3),
-    "lr 2e-3": replace(DEFAULT, learning_rate=2e-3),
-    "all parameters, lr 2e-4": replace(DEFAULT, train="all", learning_rate=2e-4),
-    "all parameters, lr 5e-4": replace(DEFAULT, train="all"),
-    "cross-entropy, lr 2e-4": replace(DEFAULT, distill=False, learning_rate=2e-4),
+    "batch 32, lr 2e-4": BASIC,
+    "batch 32, lr 1e-4": replace(BASIC, learning_rate=1e-4),
+    "batch 32, lr 5e-4": replace(BASIC, learning_rate=5e-4),
+    "batch 8, lr 1e-4": replace(BASIC, batch_size=8, learning_rate=1e-4),
+    "batch 64, lr 5e-4": replace(BASIC, batch_size=64, learning_rate=5e-4),
+    "batch 32, all parameters, lr 1e-4": replace(BASIC, train="all", learning_rate=1e-4),
+    "batch 32, cross-entropy, lr 1e-4": replace(BASIC, distill=False, learning_rate=1e-4),
 }
 
 
@@ -78,9 +78,11 @@ def main() -> None:
         body["rows"].append({"name": name, **row})
         figures = " / ".join(f"{t['perplexity']:.2f}" for t in row["texts"].values())
         epochs = f"best epoch {row['best_epoch']} of {len(row['epochs'])}"
-        print(f"{name}: val {row['best_val_ppl']:.3f}, {epochs}, {figures}, {row['seconds']:.0f} s")
+        print([(round(e["train_ppl"], 3), round(e["val_ppl"], 3)) for e in row["epochs"]])
+        change = f"val {row['initial_val_ppl']:.3f} -> {row['best_val_ppl']:.3f}"
+        print(f"{name}: {change}, {epochs}, {figures}, {row['seconds']:.0f} s", flush=True)
     body["best"] = min(body["rows"], key=lambda row: row["best_val_ppl"])["name"]
-    print(record.write(options.name, body, out=options.out).name)
+    print(record.write(options.name, body, out=options.out))
 
 
 def heal_windows(base: Base, role: Any, count: int) -> torch.Tensor:

@@ -25,31 +25,37 @@ class Places:
     total_characters: int
 
 
-def sample_places(documents: Iterable[str], *, count: int, characters: int, seed: int) -> Places:
-    """Sample ``count`` places, uniform over all characters and independent of each other.
+def sample_places(
+    documents: Iterable[str], *, count: int, characters: int, seed: int, balance: float = 1.0
+) -> Places:
+    """Sample ``count`` places, independent of each other.
 
     A place moves to the next white space (or the next document's start) so that no word is cut.
     Reservoir sampling: when a document arrives, each place moves into it with the probability
-    that the document has among the characters seen so far.
+    that the document's weight has among the weights seen so far.
 
     Args:
         documents: texts, read once.
         count: number of places.
         characters: how much text to keep from each place on.
         seed: of the generator.
+        balance: a document weighs its length to this power: 1 makes all places of the text equally
+            likely, 0 all documents.
     """
     rng = np.random.default_rng(seed)
     places: list[list[str]] = [[] for _ in range(count)]
     lacking: dict[int, int] = {}
     head = _Head(characters)
-    total = 0
+    total, total_weight = 0, 0.0
     for text in documents:
         if not text:
             continue
         head.add(text)
         _extend(places, lacking, text)
         total += len(text)
-        moved = rng.binomial(count, len(text) / total)
+        weight = len(text) ** balance
+        total_weight += weight
+        moved = rng.binomial(count, weight / total_weight)
         for place in rng.choice(count, size=moved, replace=False).tolist() if moved else ():
             piece = text[_start(text, int(rng.integers(len(text)))) :][:characters]
             places[place] = [piece] if piece else []

@@ -102,13 +102,14 @@ def draw_windows(
     count: int,
     length: int,
     seed: int,
+    balance: float = 1.0,
     allow_fewer: bool = False,
 ) -> torch.Tensor:
     """Draw windows of tokens at random places of the text, in one pass over it.
 
-    Each place of the text is equally likely (documents by their length); a window begins at white
-    space, runs on into the next document after an end-of-text token, and from the last document
-    to the first. Only the text of the windows is kept and tokenised.
+    Each place of the text is equally likely unless ``balance`` says otherwise; a window begins at
+    white space, runs on into the next document after an end-of-text token, and from the last
+    document to the first. Only the text of the windows is kept and tokenised.
 
     Args:
         documents: texts.
@@ -116,6 +117,8 @@ def draw_windows(
         count: number of windows.
         length: tokens of each.
         seed: the same seed and text give the same windows.
+        balance: a document is drawn in proportion to its length to this power; below 1, long
+            documents do not crowd out the short ones.
         allow_fewer: where the text is short, draw as many windows as it holds, at least one.
 
     Returns:
@@ -127,7 +130,7 @@ def draw_windows(
     """
     end = end_of_text(tokenizer)
     most = _MOST_CHARACTERS_PER_TOKEN * length
-    places = sample_places(documents, count=count, characters=most, seed=seed)
+    places = sample_places(documents, count=count, characters=most, seed=seed, balance=balance)
     rows, per_character = _tokenise_places(places, tokenizer, length, end)
     available = int(places.total_characters * per_character)
     if available < count * length:

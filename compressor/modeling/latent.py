@@ -60,18 +60,22 @@ class LatentRotaryEmbedding(nn.Module):
         super().__init__()
         self.frequencies = tuple(config.inv_freq or ())
         self.rope_scale = config.rope_scale
-        self.register_buffer("inv_freq", torch.tensor(self.frequencies), persistent=False)
+        self.register_buffer("inv_freq", self._table(), persistent=False)
         self.inv_freq: Tensor
+
+    def _table(self, device: Any = None) -> Tensor:
+        """Return the config's frequencies; models are built with other default dtypes too."""
+        return torch.tensor(self.frequencies, dtype=torch.float32, device=device)
 
     def refill(self) -> None:
         """Write the config's frequencies into the buffer."""
-        init.copy_(self.inv_freq, torch.tensor(self.frequencies, device=self.inv_freq.device))
+        init.copy_(self.inv_freq, self._table(self.inv_freq.device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> LatentRotaryEmbedding:
         if self.inv_freq.is_meta:
-            self.inv_freq = torch.tensor(self.frequencies, device="cpu")
+            self.inv_freq = self._table("cpu")
         super()._apply(fn, recurse)
-        self.inv_freq = torch.tensor(self.frequencies, device=self.inv_freq.device)
+        self.inv_freq = self._table(self.inv_freq.device)
         return self
 
     @torch.no_grad()

@@ -100,7 +100,8 @@ def _alternate(problem: ValueProblem, start: Reading) -> tuple[Tensor, Tensor]:
             own = left.clone()
             own[:, place] += reads[head] @ encoder[group]
             maps.append(own @ columns[head] @ torch.linalg.pinv(within[head], hermitian=True))
-            left[:, place] += reads[head] @ encoder[group]
+        for head in mine:
+            left[:, head * d : (head + 1) * d] += reads[head] @ encoder[group]
         gram = torch.stack([m.mT @ m for m in maps]).sum(0)
         spread = within[mine.start : mine.stop]
         encoder[group] = best_encoder(gram, spread.mean(0), encoder.shape[1])

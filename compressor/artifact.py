@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -23,6 +24,8 @@ from vdcompress.plan import Plan
 
 FORMAT = 1
 MARKER = "vdcompress.json"
+MARKED = ("base", "calibration", "dtype", "plan")
+MAX_SHARD_SIZE = "5GB"
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
@@ -104,7 +107,7 @@ def load_artifact(folder: Path, *, device: str = "cpu") -> Compressed:
     require_weights(folder)
     model_class = families.get(plan.shape.family).compressed_class()
     return Compressed(
-        model=read_weights(model_class, folder).to(device),
+        model=read_weights(model_class, folder, surplus=False).to(device),
         tokenizer=read_tokenizer(folder),
         plan=plan,
         base_id=marker["base"]["id"],
@@ -136,6 +139,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / MARKER} cannot be read") from error
+    if absent := [key for key in MARKED if key not in marker]:
+        raise RunError(f"{folder / MARKER} cannot be read: it lacks {absent[0]!r}")
     return marker
 
 
@@ -161,9 +166,9 @@ def _atomic(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _replace(folder, partial)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{folder} could not be written: {error.strerror or error}",
+            f"{folder} could not be written: {getattr(error, 'strerror', None) or error}",
             "nothing was left behind; free some space or name another folder",
         ) from error
     finally:
@@ -207,7 +212,10 @@ def _write_model(folder: Path, compressed: Compressed) -> None:
         "AutoModelForCausalLM": f"{module}.{family.compressed_class().__name__}",
     }
     config.save_pretrained(folder)
-    save_torch_state_dict(state, folder, max_shard_size="5GB")
+    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
+    mode = (folder / "config.json").stat().st_mode  # safetensors' own is for the owner alone
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(mode)
 
 
 def _copy_code(folder: Path, compressed: Compressed) -> None:

@@ -98,8 +98,16 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "cpu")
     return Base(**vars(base), model=weights.to(device), tokenizer=tokenizer)
 
 
-def read_weights(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    """Read a checkpoint strictly: every tensor present, of the right shape and finite; float32."""
+def read_weights(
+    model_class: type[PreTrainedModel], folder: Path, *, surplus: bool = True
+) -> PreTrainedModel:
+    """Read a checkpoint strictly: every tensor present, of the right shape and finite; float32.
+
+    Args:
+        model_class: what to make of it.
+        folder: where it is.
+        surplus: allow tensors that the model does not have, as old checkpoints do.
+    """
     try:
         model, info = model_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
@@ -114,6 +122,11 @@ def read_weights(model_class: type[PreTrainedModel], folder: Path) -> PreTrained
         raise ModelError(
             f"the weights in {folder} lack {len(missing)} tensors, the first is {missing[0]}",
             "download the checkpoint again",
+        )
+    if not surplus and info["unexpected_keys"]:
+        raise ModelError(
+            f"the weights in {folder} hold {min(info['unexpected_keys'])}, which no layer reads",
+            "the folder mixes files of different models",
         )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):

@@ -29,7 +29,7 @@ from vdcompress.plan import make_plan
 from vdcompress.rewrite import rewrite
 from vdcompress.rounding import round_weights
 
-BASIC = HealSettings(batch_size=32, learning_rate=2e-4, epochs=6)
+BASIC = HealSettings()
 TRIALS = {
     "batch 32, lr 2e-4": BASIC,
     "batch 32, lr 1e-4": replace(BASIC, learning_rate=1e-4),

@@ -9,6 +9,7 @@ from typing import Literal
 from vdcompress.errors import UsageError
 
 STAGE = "finetune"
+MOST_EPOCHS = 30
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class HealSettings:
     """How :func:`vdcompress.heal.heal` trains.
 
     Attributes:
-        epochs: at most so many passes over the training windows.
+        epochs: at most so many passes over the training windows, 30 or fewer; the rate falls over
+            all of them, so more than a run will use keep it high.
         patience: stop after so many epochs without a better validation perplexity.
         learning_rate: highest rate of AdamW.
         batch_size: windows per step.
@@ -36,10 +38,10 @@ class HealSettings:
         chunk_tokens: tokens whose logits exist at one time.
     """
 
-    epochs: int = 30
+    epochs: int = 6
     patience: int = 1
-    learning_rate: float = 5e-4
-    batch_size: int = 8
+    learning_rate: float = 2e-4
+    batch_size: int = 32
     distill: bool = True
     kl_weight: float = 1.0
     ce_weight: float = 0.0
@@ -76,6 +78,8 @@ class HealSettings:
             for n in ("learning_rate", "temperature")
             if not getattr(self, n) > 0
         ]
+        if self.epochs > MOST_EPOCHS:
+            found.append(f"epochs must be at most {MOST_EPOCHS}")
         not_negative = ("kl_weight", "ce_weight", "weight_decay", "max_grad_norm")
         found += [
             f"{name} must not be negative" for name in not_negative if getattr(self, name) < 0

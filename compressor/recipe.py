@@ -52,11 +52,16 @@ class StartSection(Section):
 
 
 class CalibrationSection(Section):
-    """Which text calibrates: ``samples`` windows of ``seq_len`` tokens at random places."""
+    """Which text calibrates: ``samples`` windows of ``seq_len`` tokens at random places.
+
+    A document is drawn in proportion to its length to the power ``balance``: a few long ones do
+    not crowd out the many short ones.
+    """
 
     data: str = DEFAULT_DATA
     samples: Count = 64
     seq_len: Annotated[int, Field(ge=2)] = 2048
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.5
     seed: Seed = 0
 
 

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import pkgutil
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import wrapt
 
-AUTO = "transformers.models.auto.modeling_auto"
+AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register_when_needed() -> None:
-    """Register as soon as transformers' auto classes are imported, at once if they are."""
-    wrapt.register_post_import_hook(register, AUTO)
+    """Register once transformers' auto classes are imported, at once if they are.
+
+    Where they are imported in the middle of another import that a family needs, registering waits
+    for the next of the modules below.
+    """
+    attempt = _Attempt()
+    for name in (AUTO, "transformers.models.auto.modeling_auto", "transformers.modeling_utils"):
+        wrapt.register_post_import_hook(attempt, name)
+    for module in pkgutil.iter_modules([str(Path(__file__).parent / "families")]):
+        for room in ("configuration", "modeling"):
+            name = f"transformers.models.{module.name}.{room}_{module.name}"
+            wrapt.register_post_import_hook(attempt, name)
 
 
-def register(_module: ModuleType | None = None) -> None:
+def register() -> None:
     """Register every family's config, body and causal language model."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -27,3 +40,23 @@ def register(_module: ModuleType | None = None) -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, body, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+class _Attempt:
+    """Registers when it can; what registering itself imports does not call it again."""
+
+    def __init__(self) -> None:
+        self._busy = False
+        self._done = False
+
+    def __call__(self, _module: ModuleType) -> None:
+        if self._busy or self._done or AUTO not in sys.modules:
+            return
+        self._busy = True
+        try:
+            register()
+            self._done = True
+        except ImportError:
+            return
+        finally:
+            self._busy = False

@@ -35,7 +35,12 @@ def calibration_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> W
     source = Source.parse(section.data, field=recipe.text_field)
     texts = Hashed(documents(source, "training"))
     drawn = draw_windows(
-        texts, tokenizer, count=section.samples, length=section.seq_len, seed=section.seed
+        texts,
+        tokenizer,
+        count=section.samples,
+        length=section.seq_len,
+        seed=section.seed,
+        balance=section.balance,
     )
     return Windows(drawn, texts.digest())
 

@@ -3,60 +3,68 @@
 from __future__ import annotations
 
 import pkgutil
-import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import wrapt
 
 AUTO = "transformers.models.auto.configuration_auto"
+PREFIX = "vdcompress_"
 
 
 def register_when_needed() -> None:
-    """Register once transformers' auto classes are imported, at once if they are.
+    """Announce the model types to transformers' auto classes, whenever these are imported.
 
-    Where they are imported in the middle of another import that a family needs, registering waits
-    for the next of the modules below.
+    Nothing else is imported until a model type is asked for: transformers may be in the middle of
+    its own imports when it imports its auto classes.
     """
-    attempt = _Attempt()
-    for name in (AUTO, "transformers.models.auto.modeling_auto", "transformers.modeling_utils"):
-        wrapt.register_post_import_hook(attempt, name)
-    for module in pkgutil.iter_modules([str(Path(__file__).parent / "families")]):
-        for room in ("configuration", "modeling"):
-            name = f"transformers.models.{module.name}.{room}_{module.name}"
-            wrapt.register_post_import_hook(attempt, name)
+    wrapt.register_post_import_hook(_announce, AUTO)
+    for name in _names():
+        wrapt.register_post_import_hook(partial(_register, name), f"vdcompress.modeling.{name}")
 
 
-def register() -> None:
-    """Register every family's config, body and causal language model."""
+def register(*names: str) -> None:
+    """Register configs, bodies and causal language models of these families, of all if none."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from vdcompress import families
 
-    for name in families.available():
+    for name in names or families.available():
         family = families.get(name)
         causal, body = family.compressed_class(), family.compressed_body()
-        config = causal.config_class
+        config: Any = causal.config_class
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, body, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
 
 
-class _Attempt:
-    """Registers when it can; what registering itself imports does not call it again."""
+def _names() -> set[str]:
+    """Return what ``families.available()`` does, without importing the families."""
+    modules = pkgutil.iter_modules([str(Path(__file__).parent / "families")])
+    return {module.name for module in modules} - {"base"}
 
-    def __init__(self) -> None:
-        self._busy = False
-        self._done = False
 
-    def __call__(self, _module: ModuleType) -> None:
-        if self._busy or self._done or AUTO not in sys.modules:
-            return
-        self._busy = True
-        try:
-            register()
-            self._done = True
-        except ImportError:
-            return
-        finally:
-            self._busy = False
+def _register(name: str, _module: ModuleType) -> None:
+    register(name)
+
+
+def _announce(auto: ModuleType) -> None:
+    mapping = auto.CONFIG_MAPPING
+    mapping._extra_content = _Announced(mapping._extra_content)
+
+
+class _Announced(dict[str, Any]):
+    """Registered configs by model type; ours are registered when they are first asked for."""
+
+    def __init__(self, registered: dict[str, Any]) -> None:
+        super().__init__(registered)
+        self.ours = {PREFIX + name: name for name in _names()}
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.ours
+
+    def __missing__(self, key: str) -> Any:
+        register(self.ours[key])
+        return dict(self)[key]

@@ -157,7 +157,8 @@ def per_head(x: Tensor, sharing: int) -> Tensor:
 
 def leading_eigenvectors(symmetric: Tensor, width: int) -> Tensor:
     """Return the ``width`` leading eigenvectors as rows [..., width, n] of [..., n, n]."""
-    return torch.linalg.eigh(symmetric).eigenvectors.flip(-1)[..., :width].mT
+    vectors: Tensor = torch.linalg.eigh(symmetric).eigenvectors
+    return vectors.flip(-1)[..., :width].mT
 
 
 def square_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,8 @@ def best_encoder(gram: Tensor, covariance: Tensor, width: int) -> Tensor:
         return torch.eye(d, dtype=gram.dtype, device=gram.device).expand_as(gram)
     root, inverse = square_roots(covariance)
     rows = leading_eigenvectors(root @ gram @ root, width) @ inverse
-    return torch.linalg.svd(rows, full_matrices=True).Vh[..., :width, :]
+    completed: Tensor = torch.linalg.svd(rows, full_matrices=True).Vh
+    return completed[..., :width, :]
 
 
 def regression_decoder(encoder: Tensor, covariance: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ def regression_decoder(encoder: Tensor, covariance: Tensor) -> Tensor:
     transpose = encoder.mT
     cross = covariance @ transpose
     within = torch.linalg.pinv(encoder @ cross, rtol=1e-10, hermitian=True)
-    return transpose + (cross - transpose @ (encoder @ cross)) @ within
+    decoder: Tensor = transpose + (cross - transpose @ (encoder @ cross)) @ within
+    return decoder
 
 
 def head_blocks(covariance: Tensor, heads: int) -> Tensor:
@@ -75,7 +77,8 @@ def head_blocks(covariance: Tensor, heads: int) -> Tensor:
 
 def _group_average(x: Tensor, sharing: int) -> Tensor:
     """[H, ...] -> [G, ...], the mean over each group's query heads."""
-    return x.unflatten(0, (-1, sharing)).mean(1)
+    average: Tensor = x.unflatten(0, (-1, sharing)).mean(1)
+    return average
 
 
 INITIALIZER = Initializer(

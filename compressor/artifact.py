@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from vdcompress import families
 from vdcompress.errors import ArtifactError, ModelError, RunError
-from vdcompress.load import TOKENIZER_FILES, read_tokenizer, read_weights, require_weights
+from vdcompress.load import TOKENIZER_FILES, Base, read_tokenizer, read_weights, require_weights
 from vdcompress.plan import Plan
 
 FORMAT = 1
@@ -41,7 +41,7 @@ class Compressed:
         base_revision: commit of the hub, None for a folder.
         source_folder: where the tokenizer's files are, to be copied byte for byte.
         dtype: of the stored weights.
-        calibration: digest of the calibration text.
+        calibration: digest of the calibration text, empty where it is not known.
     """
 
     model: PreTrainedModel
@@ -51,16 +51,39 @@ class Compressed:
     base_revision: str | None
     source_folder: Path
     dtype: str
-    calibration: str
+    calibration: str = ""
+
+    @classmethod
+    def of(
+        cls, base: Base, plan: Plan, model: PreTrainedModel, *, calibration: str = ""
+    ) -> Compressed:
+        """Return what ``rewrite`` made of a base, ready to be saved.
+
+        Args:
+            base: the model before compression.
+            plan: the decision that was carried out.
+            model: what ``rewrite`` returned, healed or not.
+            calibration: digest of the calibration text, where it is known.
+        """
+        return cls(
+            model=model,
+            tokenizer=base.tokenizer,
+            plan=plan,
+            base_id=base.id,
+            base_revision=base.revision,
+            source_folder=base.folder,
+            dtype=base.dtype,
+            calibration=calibration,
+        )
 
 
 def write_artifact(
     folder: Path,
     compressed: Compressed,
     *,
-    results: Mapping[str, Any],
-    recipe: str,
-    card: str,
+    results: Mapping[str, Any] | None = None,
+    recipe: str = "",
+    card: str = "",
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -69,7 +92,7 @@ def write_artifact(
     Args:
         folder: where; it must not exist, be empty, or hold an artefact that ``force`` replaces.
         compressed: what to write.
-        results: for ``results.json``.
+        results: for ``results.json``; this file and the next two are left out if not given.
         recipe: the merged recipe's text, for ``recipe.yaml``.
         card: the model card, for ``README.md``.
         force: replace an older artefact.
@@ -86,9 +109,11 @@ def write_artifact(
         for name in COPIED_FILES:
             if (compressed.source_folder / name).is_file():
                 shutil.copyfile(compressed.source_folder / name, partial / name)
-        (partial / "recipe.yaml").write_text(recipe)
-        (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (partial / "README.md").write_text(card)
+        figures = "" if results is None else json.dumps(results, indent=2) + "\n"
+        texts = {"recipe.yaml": recipe, "results.json": figures, "README.md": card}
+        for name, text in texts.items():
+            if text:
+                (partial / name).write_text(text)
         (partial / MARKER).write_text(json.dumps(_marker(compressed), indent=2) + "\n")
         if check is not None:
             check(partial)

@@ -73,9 +73,9 @@ def export(
     compressed: Compressed,
     folder: Path,
     *,
-    results: Mapping[str, Any],
-    recipe: str,
-    card: str,
+    results: Mapping[str, Any] | None = None,
+    recipe: str = "",
+    card: str = "",
     prompt: str = "The",
     new_tokens: int = 16,
     force: bool = False,
@@ -84,6 +84,16 @@ def export(
 
     The folder is loaded in a fresh process with ``trust_remote_code=True`` and without vdcompress;
     only if its logits are those of the model in memory does it get its name.
+
+    Args:
+        compressed: what to write; ``Compressed.of`` makes it from a base, a plan and a model.
+        folder: where.
+        results: for ``results.json``; this file and the next two are left out if not given.
+        recipe: the merged recipe's text, for ``recipe.yaml``.
+        card: the model card, for ``README.md``.
+        prompt: what the fresh process continues.
+        new_tokens: how many tokens it adds.
+        force: replace an older artefact.
 
     Raises:
         RunError: if the folder is taken.

@@ -156,13 +156,4 @@ def rewritten(opened: Opened, windows: text.Windows, on_event: OnEvent) -> Compr
         statistics = calibrate(base, windows.tokens, needs=needs, on_event=on_event)
     with watch.stage("rewrite", plan.shape.layers):
         model = rewrite(base, plan, statistics, on_event=on_event)
-    return Compressed(
-        model=model,
-        tokenizer=base.tokenizer,
-        plan=plan,
-        base_id=base.id,
-        base_revision=base.revision,
-        source_folder=base.folder,
-        dtype=base.dtype,
-        calibration=windows.digest,
-    )
+    return Compressed.of(base, plan, model, calibration=windows.digest)

@@ -19,7 +19,14 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from vdcompress import families
 from vdcompress.errors import ArtifactError, ModelError, RunError
-from vdcompress.load import TOKENIZER_FILES, Base, read_tokenizer, read_weights, require_weights
+from vdcompress.load import (
+    TOKENIZER_FILES,
+    Base,
+    moved,
+    read_tokenizer,
+    read_weights,
+    require_weights,
+)
 from vdcompress.plan import Plan
 
 FORMAT = 1
@@ -132,7 +139,7 @@ def load_artifact(folder: Path, *, device: str = "cpu") -> Compressed:
     require_weights(folder)
     model_class = families.get(plan.shape.family).compressed_class()
     return Compressed(
-        model=read_weights(model_class, folder, surplus=False).to(device),
+        model=moved(read_weights(model_class, folder, surplus=False), device),
         tokenizer=read_tokenizer(folder),
         plan=plan,
         base_id=marker["base"]["id"],

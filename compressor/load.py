@@ -95,7 +95,7 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "cpu")
     require_weights(folder)
     weights = read_weights(base.family.base_class(), folder)
     tokenizer = read_tokenizer(folder)
-    return Base(**vars(base), model=weights.to(device), tokenizer=tokenizer)
+    return Base(**vars(base), model=moved(weights, device), tokenizer=tokenizer)
 
 
 def read_weights(
@@ -108,8 +108,9 @@ def read_weights(
         folder: where it is.
         surplus: allow tensors that the model does not have, as old checkpoints do.
     """
+    read: Any = model_class.from_pretrained
     try:
-        model, info = model_class.from_pretrained(
+        model, info = read(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
@@ -146,6 +147,11 @@ def read_tokenizer(folder: Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {folder} has no end-of-text token")
     return tokenizer
+
+
+def moved(model: Any, device: str | torch.device) -> PreTrainedModel:
+    """Put a model on a device; transformers' own ``to`` has no usable types."""
+    return model.to(device)
 
 
 def require_weights(folder: Path) -> None:

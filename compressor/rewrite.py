@@ -14,7 +14,7 @@ from vdcompress.events import OnEvent, Progress, ignore
 from vdcompress.families.base import AttentionWeights, Projection
 from vdcompress.initializers.base import ValueProblem, ValueWeights, fold, keep_everything
 from vdcompress.initializers.refit import refit
-from vdcompress.load import Base
+from vdcompress.load import Base, moved
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.plan import Plan
 from vdcompress.statistics import Statistics
@@ -47,7 +47,7 @@ def rewrite(
         on_event(Progress("rewrite", index + 1))
     model = base.family.compressed_on_meta(base.config, plan)
     model.load_state_dict(state, strict=True, assign=True)
-    model.to(next(base.model.parameters()).device)
+    moved(model, next(base.model.parameters()).device)
     model.tie_weights()
     model.config.dtype = getattr(torch, base.dtype)
     return model.eval()

@@ -60,7 +60,8 @@ class ValueTap:
 
     def read(self, output: Tensor) -> Tensor:
         """Return V [b, t, G, d] from the module's output."""
-        return output.unflatten(-1, (self.heads, self.packed, -1))[..., self.slot, :]
+        vectors: Tensor = output.unflatten(-1, (self.heads, self.packed, -1))
+        return vectors[..., self.slot, :]
 
 
 class Family(ABC):
@@ -135,7 +136,7 @@ class Family(ABC):
                 f"RoPE of type {kind!r} changes its frequencies with the input's length",
                 "vdcompress needs fixed frequencies",
             )
-        embedding = self.rotary_class()(config)
+        embedding: Any = self.rotary_class()(config)
         return embedding.inv_freq.float().tolist(), float(embedding.attention_scaling)
 
     @abstractmethod

@@ -67,7 +67,7 @@ class GPTNeoX(Family):
     def weights(self, attention: nn.Module) -> AttentionWeights:
         """Unpack query_key_value, whose rows are q, k, v of the first head, then of the second."""
         packed: Any = attention.query_key_value
-        d = attention.head_size
+        d = int(attention.head_size)  # type: ignore[arg-type]
         q, k, v = (
             Projection(_rows(packed.weight, slot, d), _rows(packed.bias, slot, d))
             for slot in range(3)

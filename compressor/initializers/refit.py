@@ -19,7 +19,7 @@ from vdcompress.initializers.base import (
     encode,
     per_head,
 )
-from vdcompress.initializers.optimal import best_encoder, head_blocks
+from vdcompress.initializers.optimal import best_encoder, head_blocks, regression_decoder
 
 RIDGE = 1e-6
 
@@ -106,20 +106,15 @@ def _alternate(problem: ValueProblem, start: Reading) -> tuple[Tensor, Tensor]:
         spread = within[mine.start : mine.stop]
         encoder[group] = best_encoder(gram, spread.mean(0), encoder.shape[1])
         for head, full in zip(mine, maps, strict=True):
-            reads[head] = full @ _decoder(encoder[group], within[head])
+            reads[head] = full @ regression_decoder(encoder[group], within[head])
             left[:, head * d : (head + 1) * d] -= reads[head] @ encoder[group]
     return encoder, reads.transpose(0, 1).flatten(1)
 
 
-def _decoder(encoder: Tensor, covariance: Tensor) -> Tensor:
-    from vdcompress.initializers.optimal import regression_decoder
-
-    return regression_decoder(encoder, covariance)
-
-
 def _joint(encoder: Tensor, sharing: int) -> Tensor:
     """Return the block-diagonal encoder of all heads [H r, H d]."""
-    return torch.block_diag(*per_head(encoder, sharing))
+    joint: Tensor = torch.block_diag(*per_head(encoder, sharing))
+    return joint
 
 
 def _joint_output(problem: ValueProblem) -> Tensor:

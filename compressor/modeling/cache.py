@@ -17,7 +17,7 @@ BLOCK = 64
 GROWTH = 1.25
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """One layer's latents.
 
     ``keys`` [b, g, tokens, k] and ``values`` [b, g', tokens, v] are views of what is stored; the
@@ -42,7 +42,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         for room, new in zip(self._rooms or (), (key_states, value_states), strict=True):
             room[:, :, start:stop] = new
         self._show(stop)
-        return self.keys, self.values
+        keys, values = self._shown()
+        return keys, values
 
     def _make_room(self, keys: Tensor, values: Tensor, start: int, stop: int) -> None:
         """Move to larger rooms if ``stop`` tokens do not fit."""
@@ -103,16 +104,17 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return sum(x.numel() * x.element_size() for x in self._rooms or ())
 
     def _shown(self) -> tuple[Tensor, ...]:
-        return () if self._rooms is None else (self.keys, self.values)
+        stored = (self.keys, self.values)
+        return () if self._rooms is None else tuple(x for x in stored if x is not None)
 
 
-class LatentCache(DynamicCache):  # type: ignore[misc]
+class LatentCache(DynamicCache):
     """One :class:`GrowingLayer` for each layer of the model."""
 
     def __init__(self, layers: int, offloading: bool = False) -> None:
         super().__init__(offloading=offloading)
         self.layer_class_to_replicate = None
-        self.layers = [GrowingLayer() for _ in range(layers)]
+        self.layers: list[Any] = [GrowingLayer() for _ in range(layers)]
 
     def nbytes(self) -> int:
         """Bytes of the latents stored, over all layers and sequences."""

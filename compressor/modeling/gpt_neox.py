@@ -38,7 +38,7 @@ class VDGPTNeoXAttention(LatentAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         layer_past: Any = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map [b, t, hidden] to [b, t, hidden], through ``layer_past`` if there is a cache."""

@@ -154,6 +154,8 @@ class LatentAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, heads * q_width, bias=bias["q"])
         self.k_proj = nn.Linear(hidden, k_dim, bias=bias["k"])
         self.v_compress = nn.Linear(hidden, layout.v_dim, bias=bias["v"])
+        self.dense: Any
+        self.o_proj: Any
         setattr(self, output_name, nn.Linear(heads * o_width, hidden, bias=bias["o"]))
 
     def latents(
@@ -202,14 +204,14 @@ class LatentModel:
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
         """Use our attention function unless the caller names another."""
-        chosen: str = super().get_correct_attn_implementation(  # type: ignore[misc]
+        chosen: str = super().get_correct_attn_implementation(
             requested_attention or ATTENTION, is_init_check
         )
         return chosen
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, LatentRotaryEmbedding):
             module.refill()
         elif isinstance(module, HeadMap):
@@ -230,6 +232,6 @@ class LatentModel:
             layers = self.config.num_hidden_layers  # type: ignore[attr-defined]
             model_kwargs["past_key_values"] = LatentCache(layers, offloading=wants == "offloaded")
             return None
-        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+        return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )

@@ -64,6 +64,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     monkeypatch.setattr(ROOM, "_reload", reload)
 
 
+@pytest.mark.slow  # the tests of the command line export a GPT-NeoX by default
 def test_an_export_is_verified_without_vdcompress(compressed: Compressed, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     verified = export(compressed, folder, **TEXTS, prompt="values", new_tokens=4)

@@ -38,7 +38,7 @@ def test_the_import_alone_is_light(tmp_path: Path) -> None:
     "imports",
     [
         "import vdcompress\n" + AUTO,
-        AUTO + "import vdcompress\n",
+        pytest.param(AUTO + "import vdcompress\n", marks=pytest.mark.slow),
         pytest.param("import transformers\nimport vdcompress\n" + AUTO, marks=pytest.mark.slow),
         pytest.param(
             "from transformers import GPTNeoXForCausalLM\nimport vdcompress\n" + AUTO,

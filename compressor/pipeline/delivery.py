@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vdcompress.artifact import require_free
+from vdcompress.artifact import load_artifact, require_free
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.export import export
 from vdcompress.pipeline.document import Timed
-from vdcompress.pipeline.opening import open_run
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.report import model_card
 
@@ -41,7 +40,7 @@ def export_run(
     if (gate := results.get("gate")) and not gate["passed"]:
         on_event(Warned(f"{run} missed its quality gate ({gate['ratio']:.4f} times the base's)"))
     with Stopwatch(timed).stage("load"):
-        compressed = open_run(run)
+        compressed = load_artifact(run)
     with Stopwatch(timed).stage("export"):
         verified = export(
             compressed,

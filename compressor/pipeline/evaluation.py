@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vdcompress.artifact import load_artifact
 from vdcompress.events import OnEvent, Stopwatch, ignore
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import Timed, document, environment, peak_memory
 from vdcompress.pipeline.measure import measure
-from vdcompress.pipeline.opening import open_base_of, open_run
+from vdcompress.pipeline.opening import open_base_of
 from vdcompress.pipeline.results import read_recipe
 from vdcompress.pipeline.settings import settle
 
@@ -33,7 +34,7 @@ def evaluate_run(
     timed = Timed(on_event)
     start_memory = peak_memory()
     with Stopwatch(timed).stage("load"):
-        compressed = open_run(run, device)
+        compressed = load_artifact(run, device=device)
         base = open_base_of(compressed, device)
     recipe = settle(read_recipe(run).merged(overrides or {}), base.config, timed)
     tokens = text.evaluation_tokens(recipe, compressed.tokenizer)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdcompress import checkpoints, runs
-from vdcompress.artifact import Compressed, require_free, write_artifact
+from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
 from vdcompress.errors import RunError
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
@@ -25,7 +25,7 @@ from vdcompress.pipeline.document import (
     peak_memory,
 )
 from vdcompress.pipeline.measure import Measured, measure
-from vdcompress.pipeline.opening import open_base_of, open_run
+from vdcompress.pipeline.opening import open_base_of
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.recipe import Recipe, parse
@@ -136,7 +136,7 @@ def finetune_run(
     timed = Timed(on_event)
     start_memory = peak_memory()
     with Stopwatch(timed).stage("load"):
-        compressed = open_run(job.run, device)
+        compressed = load_artifact(job.run, device=device)
         base = open_base_of(compressed, device)
     job = replace(job, recipe=settle(job.recipe, base.config, timed))
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)

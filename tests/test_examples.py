@@ -45,10 +45,12 @@ def test_it_runs_alone(name: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
+        stdin=subprocess.DEVNULL,
         cwd=tmp_path,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert ended.returncode == 0, ended.stderr
     assert re.search(SAYS[name], ended.stdout), ended.stdout
+    assert "[y/N]" not in ended.stdout, "transformers asked whether to trust"
     left = {path.name for path in tmp_path.iterdir()} - {"modules"}
     assert left == set(output)

@@ -104,6 +104,15 @@ def test_the_initialiser_is_found_and_starts(base: Any, statistics: Any) -> None
 
 
 @pytest.mark.usefixtures("grown")
+def test_the_command_takes_the_initialiser(vdcompress: Any, tiny_neox: Path) -> None:
+    [command] = re.findall(r"`vdcompress (apply MODEL --v-dim N [^`]+)`", TEXT)
+    options = command.replace("MODEL", str(tiny_neox)).replace("N ", "32 ").split()
+    ended = vdcompress(*options, "--dry-run", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["plan"]["start"]["initializer"] == names("initializers")[0]
+
+
+@pytest.mark.usefixtures("grown")
 def test_the_family_is_found_and_exact(
     tmp_path: Path, tiny_tokenizer: Any, token_windows: Tensor
 ) -> None:

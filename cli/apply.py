@@ -96,6 +96,9 @@ def apply(
             "heal.seed": seed,
         }
         merged = recipe_from(recipe, overrides)
+        from vdcompress.recipe import model_of
+
+        model_of(merged)
         from vdcompress.pipeline.apply import apply_recipe, preview
 
         if dry_run:

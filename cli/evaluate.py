@@ -46,11 +46,12 @@ def evaluate(
             "evaluation.positions": read_positions(positions),
         }
         from vdcompress import runs
-        from vdcompress.pipeline.evaluation import evaluate_run
 
-        where = resolve_device(device)
         folder = runs.resolve(run)
         if run is None:
             out.note(f"run: {folder}")
+        from vdcompress.pipeline.evaluation import evaluate_run
+
+        where = resolve_device(device)
         results = evaluate_run(folder, overrides, device=where, on_event=out.display)
         show_evaluation(out, results)

@@ -32,10 +32,11 @@ def export(
     """
     with session(Flags(json, quiet, verbose, debug)) as out:
         from vdcompress import runs
-        from vdcompress.pipeline.delivery import export_run
 
         folder = runs.resolve(run)
         if run is None:
             out.note(f"run: {folder}")
+        from vdcompress.pipeline.delivery import export_run
+
         results = export_run(folder, output=output, force=force, on_event=out.display)
         show_export(out, results)

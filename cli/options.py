@@ -56,7 +56,7 @@ DataText = Annotated[
         "--data",
         metavar="TEXT",
         rich_help_panel=DATA,
-        help="A file (.txt, .jsonl, .json, .gz), a folder, a hub dataset, or stdlib. "
+        help="A file (.txt, .jsonl, .json, .gz, .parquet), a folder, a hub dataset, or stdlib. "
         "Its held-out part measures.",
     ),
 ]
@@ -67,7 +67,7 @@ MeasuredText = Annotated[
         "--eval-data",
         metavar="TEXT",
         rich_help_panel=DATA,
-        help="A file (.txt, .jsonl, .json, .gz), a folder, a hub dataset, or stdlib. "
+        help="A file (.txt, .jsonl, .json, .gz, .parquet), a folder, a hub dataset, or stdlib. "
         "Left out, the text of the run.",
     ),
 ]

@@ -24,16 +24,20 @@ def positions(text: str | None) -> tuple[int, ...] | None:
     """Read ``0,16,32``; None stays None.
 
     Raises:
-        UsageError: not a list of whole numbers.
+        UsageError: not two or more ascending whole numbers.
     """
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
+        found = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        found = ()
+    if len(found) < 2 or found[0] < 0 or list(found) != sorted(set(found)):
         raise UsageError(
-            f"--positions {text!r} is not a list of numbers", "like: --positions 0,16,32,64,96,128"
-        ) from error
+            f"--positions {text!r} is not a list of two or more ascending numbers",
+            "like: --positions 0,16,32,64,96,128",
+        )
+    return found
 
 
 def device(text: str) -> str:

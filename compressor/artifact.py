@@ -180,6 +180,9 @@ def require_free(folder: Path, *, force: bool) -> None:
     """Raise :class:`RunError` unless an artefact may be written to ``folder``."""
     if folder.is_file():
         raise RunError(f"{folder} is a file", "name another folder with -o")
+    ancestor = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise RunError(f"{folder} cannot be made in {ancestor}", "name another folder with -o")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / MARKER).is_file():
@@ -201,7 +204,7 @@ def _atomic(folder: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"{folder} could not be written: {getattr(error, 'strerror', None) or error}",
-            "nothing was left behind; free some space or name another folder",
+            "nothing was left behind; check the folder and the space on its disk",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vdcompress.errors import RecipeError, did_you_mean
+from vdcompress.errors import RecipeError, UsageError, did_you_mean
 from vdcompress.heal_settings import HealSettings
 
 VERSION = 1
@@ -154,6 +154,17 @@ class Recipe(Section):
         """Return the whole recipe as YAML, defaults included."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=96)
         return text
+
+
+def model_of(recipe: Recipe) -> str:
+    """Return the recipe's model.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if recipe.model is None:
+        raise UsageError("which model? neither MODEL nor a recipe names one", "try: pythia-70m")
+    return recipe.model
 
 
 def parse(data: Any, origin: str) -> Recipe:

@@ -389,5 +389,7 @@ def test_a_refusal_of_the_system_is_an_artifact_error(
 
 def test_a_folder_that_may_not_be_written(compressed: Compressed, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="could not be written"):
+    with pytest.raises(RunError, match="cannot be made"):
         write_artifact(tmp_path / "file" / "run", compressed, **TEXTS)
+    with pytest.raises(RunError, match="cannot be made"):
+        require_free(tmp_path / "file" / "run", force=False)

@@ -268,7 +268,8 @@ def test_widths_that_do_not_fit(
         (["--v-dim", "32", "--initializer", "optimum"], "did you mean 'optimal'"),
         (["--v-dim", "32", "--device", "cuda:99"], "device"),
         (["--v-dim", "32", "--device", "toaster"], "not a device"),
-        (["--v-dim", "32", "--positions", "a,b"], "not a list of numbers"),
+        (["--v-dim", "32", "--positions", "a,b"], "two or more ascending numbers"),
+        (["--v-dim", "32", "--positions", "5,3"], "two or more ascending numbers"),
     ],
 )
 def test_options_that_make_no_sense(

@@ -21,9 +21,9 @@ from vdcompress.pipeline.document import (
     peak_memory,
 )
 from vdcompress.pipeline.measure import measure
-from vdcompress.pipeline.settings import model_of, plan_of, settle
+from vdcompress.pipeline.settings import plan_of, settle
 from vdcompress.plan import Plan
-from vdcompress.recipe import Recipe
+from vdcompress.recipe import Recipe, model_of
 from vdcompress.report import model_card
 from vdcompress.rewrite import needed_statistics, rewrite
 

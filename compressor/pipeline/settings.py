@@ -10,18 +10,7 @@ from vdcompress.errors import UsageError
 from vdcompress.events import OnEvent, Warned, ignore
 from vdcompress.heal_settings import HealSettings
 from vdcompress.plan import ModelShape, Plan, Start, make_plan, width_warnings
-from vdcompress.recipe import Recipe
-
-
-def model_of(recipe: Recipe) -> str:
-    """Return the recipe's model.
-
-    Raises:
-        UsageError: it names none.
-    """
-    if recipe.model is None:
-        raise UsageError("which model? neither MODEL nor a recipe names one", "try: pythia-70m")
-    return recipe.model
+from vdcompress.recipe import Recipe, model_of
 
 
 def settle(recipe: Recipe, config: Any, on_event: OnEvent = ignore) -> Recipe:

@@ -43,7 +43,7 @@ def training_free(model: str, widths: tuple[int, ...]) -> Table:
         repair = row["refit"] if row["refit"] == "none" else f"local, {row['alternate']} rounds"
         cells.setdefault((row["initializer"], repair), {})[row["v_dim"]] = figures(row["texts"])
     rows = [
-        (start, repair, *(by_width[width] for width in widths))
+        (start, repair, *(by_width.get(width, "") for width in widths))
         for (start, repair), by_width in cells.items()
     ]
     first = ("uncompressed", "", *[figures(found["base"])] * len(widths))

@@ -109,22 +109,54 @@ def write_artifact(
         RunError: if the folder is taken.
         ArtifactError: if the disk is full or cannot be written.
     """
-    require_free(folder, force=force)
-    with _atomic(folder) as partial:
+    with new_folder(folder, force=force) as partial:
         _write_model(partial, compressed)
-        _copy_code(partial, compressed)
-        for name in COPIED_FILES:
-            if (compressed.source_folder / name).is_file():
-                shutil.copyfile(compressed.source_folder / name, partial / name)
-        figures = "" if results is None else json.dumps(results, indent=2) + "\n"
-        texts = {"recipe.yaml": recipe, "results.json": figures, "README.md": card}
-        for name, text in texts.items():
-            if text:
-                (partial / name).write_text(text)
-        (partial / MARKER).write_text(json.dumps(_marker(compressed), indent=2) + "\n")
+        write_companions(partial, compressed, results=results, recipe=recipe, card=card)
         if check is not None:
             check(partial)
     return folder
+
+
+@contextmanager
+def new_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``folder`` when the block ends well, else it is removed.
+
+    Raises:
+        RunError: if the folder is taken.
+        ArtifactError: if the disk is full or cannot be written.
+    """
+    require_free(folder, force=force)
+    with _atomic(folder) as partial:
+        yield partial
+
+
+def write_companions(
+    folder: Path,
+    compressed: Compressed,
+    *,
+    results: Mapping[str, Any] | None = None,
+    recipe: str = "",
+    card: str = "",
+) -> None:
+    """Write all that belongs to an artefact beside config and weights, the marker last.
+
+    Args:
+        folder: has config and weights already.
+        compressed: its model's tensors are not read.
+        results: for ``results.json``; this file and the next two are left out if not given.
+        recipe: the merged recipe's text, for ``recipe.yaml``.
+        card: the model card, for ``README.md``.
+    """
+    _copy_code(folder, compressed)
+    for name in COPIED_FILES:
+        if (compressed.source_folder / name).is_file():
+            shutil.copyfile(compressed.source_folder / name, folder / name)
+    figures = "" if results is None else json.dumps(results, indent=2) + "\n"
+    texts = {"recipe.yaml": recipe, "results.json": figures, "README.md": card}
+    for name, text in texts.items():
+        if text:
+            (folder / name).write_text(text)
+    (folder / MARKER).write_text(json.dumps(_marker(compressed), indent=2) + "\n")
 
 
 def load_artifact(folder: Path, *, device: str = "cpu") -> Compressed:
@@ -225,7 +257,7 @@ def _replace(folder: Path, partial: Path) -> None:
 
 
 def _write_model(folder: Path, compressed: Compressed) -> None:
-    """Write weights in the storage dtype, and the config with its ``auto_map``."""
+    """Write weights in the storage dtype, and the config."""
     model, storage = compressed.model, getattr(torch, compressed.dtype)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     state = {
@@ -236,6 +268,16 @@ def _write_model(folder: Path, compressed: Compressed) -> None:
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ModelError(f"{broken[0]} is not finite in {compressed.dtype}", "use --dtype float32")
+    write_config(folder, compressed)
+    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
+    mode = (folder / "config.json").stat().st_mode  # safetensors' own is for the owner alone
+    for shard in folder.glob("*.safetensors"):
+        shard.chmod(mode)
+
+
+def write_config(folder: Path, compressed: Compressed) -> None:
+    """Write ``config.json`` with its ``auto_map``; the model's tensors are not read."""
+    model, storage = compressed.model, getattr(torch, compressed.dtype)
     config = model.config.__class__.from_dict(model.config.to_dict())
     family = families.get(compressed.plan.shape.family)
     module = family.model_type
@@ -247,10 +289,6 @@ def _write_model(folder: Path, compressed: Compressed) -> None:
         "AutoModelForCausalLM": f"{module}.{family.compressed_class().__name__}",
     }
     config.save_pretrained(folder)
-    save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
-    mode = (folder / "config.json").stat().st_mode  # safetensors' own is for the owner alone
-    for shard in folder.glob("*.safetensors"):
-        shard.chmod(mode)
 
 
 def _copy_code(folder: Path, compressed: Compressed) -> None:

@@ -129,31 +129,65 @@ def evaluate(
         UsageError: the edges do not increase.
         ModelError: a loss is NaN or infinite; names the model and the window.
     """
-    _check(tokens, window, positions)
-    sums = {name: torch.zeros(window, dtype=torch.float64) for name in ("model", "base", "kl")}
-    counts = torch.zeros(window, dtype=torch.float64)
-    done = 0
+    check_evaluation(tokens, window, positions)
+    total = LossSums(window, with_base=base is not None)
     with torch.inference_mode(), _evaluating(model, base):
         for inputs, targets in _batches(tokens, window, windows, batch):
-            losses = _losses(model, base, inputs.to(model.device), targets.to(model.device))
-            for name, loss in losses.items():
-                _check_finite(loss, name, done)
-                sums[name][: loss.shape[1]] += loss.double().sum(0).cpu()
-            counts[: inputs.shape[1]] += len(inputs)
-            done += len(inputs)
-            note = f"ppl {_perplexity(sums['model'], counts):.4g}"
-            on_event(Progress("evaluate", done, note))
-    return Evaluation(
-        perplexity=_perplexity(sums["model"], counts),
-        base_perplexity=None if base is None else _perplexity(sums["base"], counts),
-        kl=None if base is None else (sums["kl"].sum() / counts.sum()).item(),
-        tokens=int(counts.sum()),
-        window=window,
-        positions=tuple(_buckets(sums, counts, positions, with_base=base is not None)),
-    )
+            total.add(_losses(model, base, inputs.to(model.device), targets.to(model.device)))
+            on_event(Progress("evaluate", total.windows, f"ppl {total.perplexity():.4g}"))
+    return total.evaluation(positions)
 
 
-def _check(tokens: Tensor, window: int, positions: Sequence[int]) -> None:
+class LossSums:
+    """Adds up the losses of windows by position; what every evaluation ends in.
+
+    Args:
+        window: inputs per window.
+        with_base: losses of the base and the KL to it are given too.
+    """
+
+    def __init__(self, window: int, *, with_base: bool) -> None:
+        names = ("model", "base", "kl") if with_base else ("model",)
+        self.windows = 0
+        self._sums = {name: torch.zeros(window, dtype=torch.float64) for name in names}
+        self._counts = torch.zeros(window, dtype=torch.float64)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Add windows of one length.
+
+        Args:
+            losses: of each predicted token, [b, t], for ``model``, ``base`` and ``kl``.
+
+        Raises:
+            ModelError: one is NaN or infinite; names the model and the window.
+        """
+        for name, loss in losses.items():
+            _check_finite(loss, name, self.windows)
+            self._sums[name][: loss.shape[1]] += loss.double().sum(0).cpu()
+        count, length = losses["model"].shape
+        self._counts[:length] += count
+        self.windows += count
+
+    def perplexity(self) -> float:
+        """Return the model's perplexity so far."""
+        return _perplexity(self._sums["model"], self._counts)
+
+    def evaluation(self, positions: Sequence[int]) -> Evaluation:
+        """Return the result, in buckets between these positions too."""
+        sums, counts = self._sums, self._counts
+        with_base = "base" in sums
+        return Evaluation(
+            perplexity=self.perplexity(),
+            base_perplexity=_perplexity(sums["base"], counts) if with_base else None,
+            kl=(sums["kl"].sum() / counts.sum()).item() if with_base else None,
+            tokens=int(counts.sum()),
+            window=len(counts),
+            positions=tuple(_buckets(sums, counts, positions, with_base=with_base)),
+        )
+
+
+def check_evaluation(tokens: Tensor, window: int, positions: Sequence[int]) -> None:
+    """Raise :class:`DataError` for a text shorter than a window, :class:`UsageError` for edges."""
     if len(tokens) <= window:
         raise DataError(
             f"the evaluation text is too short: {len(tokens):,} tokens, "

@@ -77,6 +77,23 @@ def load_config(model: str | Path, *, revision: str | None = None) -> BaseConfig
     return _read_config(identity, folder, commit)
 
 
+def fetch(model: str | Path, *, revision: str | None = None) -> BaseConfig:
+    """Bring all files of a base into a folder and read its config; weights are not read.
+
+    Args:
+        model: a folder, an alias such as ``pythia-70m`` or ``demo``, or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: if it cannot be found, no family handles it, or a shard is missing.
+    """
+    wanted = ["config.json", "generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES]
+    identity, folder, commit = _find(str(model), revision, wanted)
+    base = _read_config(identity, folder, commit)
+    require_weights(folder)
+    return base
+
+
 def load(model: str | Path, *, revision: str | None = None, device: str = "cpu") -> Base:
     """Load a base model in float32 with its tokenizer, and check that it is whole.
 
@@ -89,12 +106,9 @@ def load(model: str | Path, *, revision: str | None = None, device: str = "cpu")
         ModelError: for missing, truncated or non-finite weights, a missing tokenizer, a family
             that is not known, or a checkpoint that is compressed already.
     """
-    wanted = ["config.json", "generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES]
-    identity, folder, commit = _find(str(model), revision, wanted)
-    base = _read_config(identity, folder, commit)
-    require_weights(folder)
-    weights = read_weights(base.family.base_class(), folder)
-    tokenizer = read_tokenizer(folder)
+    base = fetch(model, revision=revision)
+    weights = read_weights(base.family.base_class(), base.folder)
+    tokenizer = read_tokenizer(base.folder)
     return Base(**vars(base), model=moved(weights, device), tokenizer=tokenizer)
 
 

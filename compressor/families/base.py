@@ -72,12 +72,14 @@ class Family(ABC):
         attention_name: name of the attention module inside a layer.
         output_name: name of the output projection inside the attention module.
         aliases: short names of well-known checkpoints and their hub ids.
+        stored_as: names of tensors in checkpoints of older transformers, ``{name: older name}``.
     """
 
     model_type: ClassVar[str]
     attention_name: ClassVar[str]
     output_name: ClassVar[str]
     aliases: ClassVar[dict[str, str]] = {}
+    stored_as: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def shape(self, config: PreTrainedConfig) -> ModelShape:

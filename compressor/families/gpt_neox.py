@@ -25,6 +25,7 @@ class GPTNeoX(Family):
         for size in SIZES
         for variant in ("", "-deduped")
     }
+    stored_as: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_out.weight"}
 
     def shape(self, config: PreTrainedConfig) -> ModelShape:
         """Read the shape; every head is a key/value head."""

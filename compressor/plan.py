@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from vdcompress import serving
+from vdcompress.budget import layers_for
 from vdcompress.errors import PlanError
 from vdcompress.modeling import layout as layouts
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.request import VLLM, Request, suggestion
+
+if TYPE_CHECKING:
+    from vdcompress.gains import LayerGains
 
 FORMAT = 1
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -59,7 +65,8 @@ class Start:
 
     Attributes:
         initializer: name of a module in ``vdcompress.initializers``.
-        refit: ``none``, or ``local`` for the joint refit of the output projection.
+        refit: ``none``; ``local`` for the joint refit of the output projection; ``sequential``
+            for one that also repairs what the layers before it left out.
         alternate: rounds of alternation after the refit.
         seed: of the random initialiser.
     """
@@ -92,12 +99,19 @@ class Plan:
     def cache_bytes(self, tokens: int, dtype: str = "bfloat16") -> int:
         """Exact bytes that the cache holds for ``tokens`` tokens of one sequence.
 
+        Parts of fewer bits count without scales, which belong to a quantiser.
+
         Args:
             tokens: tokens stored.
             dtype: of the latents, ``float32``, ``float16`` or ``bfloat16``.
         """
-        numbers = sum(layer.v_dim + layer.k_dim for layer in self.layers)
-        return tokens * numbers * DTYPE_BYTES[dtype]
+        width = 8 * DTYPE_BYTES[dtype]
+        bits = sum(
+            part.dim * (width if part.bits == 16 else part.bits)
+            for layer in self.layers
+            for part in layer.parts
+        )
+        return -(-tokens * bits // 8)
 
     @property
     def bytes_per_token(self) -> int:
@@ -122,6 +136,7 @@ class Plan:
             "format": FORMAT,
             "v_dim": self.common(lambda la: la.v_dim),
             "k_dim": self.common(lambda la: la.k_dim),
+            "k_rotary_dim": self.common(lambda la: la.k_rotary.dim),
             "v_groups": self.common(lambda la: la.v_groups),
             "k_groups": self.common(lambda la: la.k_groups),
             "v_bits": self.common(bits["v"]),
@@ -177,46 +192,96 @@ class Plan:
             raise PlanError(found)
 
 
-def make_plan(shape: ModelShape, *, v_dim: int, start: Start | None = None) -> Plan:
-    """Plan a uniform width of V with one latent per key/value head; K stays as it is.
+def make_plan(
+    shape: ModelShape,
+    *,
+    v_dim: int | None = None,
+    k_dim: int | None = None,
+    groups: int | None = None,
+    v_groups: int | None = None,
+    k_groups: int | None = None,
+    k_rotary_dim: int | None = None,
+    start: Start | None = None,
+) -> Plan:
+    """Plan uniform widths from the shape alone; what is not named stays as it is.
 
     Args:
         shape: of the base model (``load_config(model).shape`` or ``base.shape``).
-        v_dim: width of V per token and layer over all key/value heads.
+        v_dim: width of V per token and layer over all groups.
+        k_dim: width of K likewise, rotary and other dimensions together.
+        groups: latents per layer of each side that changes; None is one per key/value head.
+        v_groups: the same for V alone.
+        k_groups: the same for K alone.
+        k_rotary_dim: how much of ``k_dim`` is rotary; None keeps all of it, one latent per head.
+            A multiple of the base's frequencies keeps each of them equally often.
         start: how the new weights are found.
 
     Raises:
-        PlanError: with every reason why ``v_dim`` does not fit (exit 2).
+        PlanError: with every reason why it does not fit (exit 2), or because the choice of
+            rotary frequencies needs gains (:func:`plan_for`).
     """
-    found = width_problems(shape, v_dim)
-    if found:
-        step = 8 * shape.kv_heads
-        fits = [str(width) for width in range(step, shape.kv_dim + 1, step)]
-        raise PlanError(found, f"try --v-dim with one of {', '.join(fits[-8:])}")
-    full = shape.full_layout()
-    layer = LayerLayout(Part(shape.kv_heads, v_dim // shape.kv_heads), full.k_nope, full.k_rotary)
-    plan = Plan(shape, (layer,) * shape.layers, start or Start())
+    request = Request.of(
+        groups=groups,
+        v_dim=v_dim,
+        k_dim=k_dim,
+        v_groups=v_groups,
+        k_groups=k_groups,
+        k_rotary_dim=k_rotary_dim,
+    )
+    return plan_for(shape, request, start)
+
+
+def plan_for(
+    shape: ModelShape,
+    request: Request,
+    start: Start | None = None,
+    gains: Sequence[LayerGains] | None = None,
+) -> Plan:
+    """Plan what a request asks for.
+
+    Args:
+        shape: of the base model.
+        request: widths, groups or a budget.
+        start: how the new weights are found.
+        gains: what each layer's latents leave out at each width; None where
+            :meth:`Request.needs_gains` says that the shape is enough.
+
+    Raises:
+        PlanError: with every reason why it does not fit (exit 2).
+    """
+    if found := request.problems(shape):
+        raise PlanError(found, suggestion(request, shape))
+    if gains is not None and len(gains) != shape.layers:
+        raise PlanError([f"gains of {len(gains)} layers, the model has {shape.layers}"])
+    try:
+        layers = layers_for(shape, request, gains)
+    except KeyError as error:
+        raise PlanError([f"the gains hold nothing for {error} groups"]) from error
+    plan = Plan(shape, layers, start or Start())
     plan.validate()
+    if request.target == VLLM:
+        _require_vllm(plan)
     return plan
 
 
-def width_problems(shape: ModelShape, v_dim: int) -> list[str]:
-    """Say everything that forbids a ``v_dim``."""
-    found = []
-    if v_dim <= 0:
-        found.append(f"v_dim {v_dim} is not above zero")
-    if v_dim > shape.kv_dim:
-        found.append(f"v_dim {v_dim} is above the model's {shape.kv_dim}")
-    if v_dim % shape.kv_heads:
-        found.append(f"v_dim {v_dim} is not divisible by {shape.kv_heads} key/value heads")
-    return found
+def _require_vllm(plan: Plan) -> None:
+    """Raise :class:`PlanError` unless one of vLLM's backends takes this layout."""
+    found = [v for v in serving.verdicts(plan.layers) if v.engine.startswith("vLLM")]
+    if not any(verdict.serves for verdict in found):
+        reasons = "; ".join(f"{verdict.backend} {verdict.note}" for verdict in found)
+        raise PlanError(["no backend of vLLM takes this plan"], reasons)
 
 
 def width_warnings(plan: Plan) -> list[str]:
     """Say what is allowed but costs speed: widths that are not multiples of 8 per latent."""
-    odd = sorted({layer.v.width for layer in plan.layers if layer.v.width % 8})
+    full = plan.shape.full_layout()
+    found = {layer.v.width for layer in plan.layers if layer.v != full.v}
+    for layer in plan.layers:
+        if (layer.k_nope, layer.k_rotary) != (full.k_nope, full.k_rotary):
+            found.add(layer.k_head_dim)
     return [
         f"a latent of {width} numbers is not a multiple of 8: fast kernels and serving engines "
         "will not take it"
-        for width in odd
+        for width in sorted(found)
+        if width % 8
     ]

@@ -154,6 +154,11 @@ def verdicts(layers: Sequence[LayerLayout]) -> tuple[Verdict, ...]:
     return tuple(_verdict(backend, widths, groups) for backend in BACKENDS)
 
 
+def common(width: int) -> bool:
+    """Say whether vLLM's main GPU backend takes latents of K and V that are this wide."""
+    return _flash(width, width)
+
+
 def tokens_per_gib(layers: Sequence[LayerLayout], ranks: int) -> int:
     """Return how many tokens a GiB of each rank's memory holds under tensor parallelism.
 

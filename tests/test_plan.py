@@ -218,3 +218,117 @@ def test_plans_are_frozen_values() -> None:
     assert hash(plan) == hash(make_plan(NEOX, v_dim=320))
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.shape = LLAMA  # type: ignore[misc]
+
+
+def test_keys_of_each_head_keep_all_that_is_rotary() -> None:
+    plan = make_plan(NEOX, v_dim=320, k_dim=320)
+    assert plan.reduction == 0.375
+    layer = plan.common(lambda layer: layer)
+    assert layer == LayerLayout(
+        Part(8, 40), NopePart(8, 24), RotaryPart(8, 16, frequencies=tuple(range(8)))
+    )
+    scalars = plan.to_json()
+    assert (scalars["k_dim"], scalars["k_rotary_dim"]) == (320, 128)
+
+
+def test_keys_alone() -> None:
+    plan = make_plan(NEOX, k_dim=128)
+    assert plan.layers[0].v == NEOX.full_layout().v
+    assert (plan.layers[0].k_nope.width, plan.layers[0].k_rotary.width) == (0, 16)
+
+
+def test_keys_of_whole_rotary_heads_are_mapped_behind_rope() -> None:
+    layer = make_plan(LLAMA, v_dim=80, k_dim=80).layers[0]
+    assert layer.v == Part(2, 40)
+    assert layer.k_nope == NopePart(2, 40, maps="per_head", after_rope=True)
+    assert layer.k_rotary == RotaryPart(2, 0, maps="per_head")
+    shared = make_plan(LLAMA, k_dim=96, groups=1).layers[0]
+    assert shared.k_nope == NopePart(1, 96, maps="per_head", after_rope=True)
+    assert shared.v == LLAMA.full_layout().v
+    assert make_plan(LLAMA, k_dim=128).layers[0] == LLAMA.full_layout()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_every_number_of_groups_can_keep_everything(groups: int) -> None:
+    plan = make_plan(NEOX, v_dim=512, k_dim=512, groups=groups)
+    assert plan.reduction == 0
+    layer = plan.layers[0]
+    assert (layer.v_groups, layer.v_head_dim) == (groups, 512 // groups)
+    assert (layer.k_groups, layer.k_head_dim) == (groups, 512 // groups)
+    counts = [layer.k_rotary.frequencies.count(index) for index in range(8)]
+    assert counts == [8 // groups] * 8
+    assert list(layer.k_rotary.frequencies) == sorted(layer.k_rotary.frequencies)
+
+
+def test_an_even_rotary_part_needs_no_gains() -> None:
+    layer = make_plan(NEOX, v_dim=192, k_dim=192, groups=1, k_rotary_dim=64).layers[0]
+    assert layer.k_nope == NopePart(1, 128)
+    assert layer.k_rotary.frequencies == tuple(index for index in range(8) for _ in range(4))
+    assert make_plan(NEOX, k_dim=64, k_rotary_dim=0).layers[0].k_rotary == RotaryPart(8, 0)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"k_dim": 192, "groups": 1},
+        {"k_dim": 64},
+        {"k_dim": 192, "groups": 1, "k_rotary_dim": 48 + 2},
+    ],
+)
+def test_a_choice_of_frequencies_needs_gains(request_: dict[str, int]) -> None:
+    with pytest.raises(PlanError, match="rotary frequencies needs calibrated gains"):
+        make_plan(NEOX, **request_)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reasons", "hint"),
+    [
+        ({}, ["no width"], ""),
+        ({"k_dim": 324}, ["k_dim 324 is not divisible by 8 key/value heads"], "--k-dim with one"),
+        ({"v_dim": 320, "groups": 3}, ["v_groups 3 does not divide 8"], "groups 1, 2, 4, 8"),
+        ({"v_dim": 320, "v_groups": 0}, ["v_groups 0 does not divide"], "groups 1, 2, 4, 8"),
+        ({"v_dim": 320, "k_groups": 1}, ["k_groups without k_dim"], ""),
+        (
+            {"v_dim": 601, "k_dim": 601, "groups": 2},
+            ["v_dim 601 is above", "v_dim 601 is not divisible by 2 groups", "k_dim 601", "k_dim"],
+            "--v-dim with one of",
+        ),
+        ({"v_dim": 320, "k_rotary_dim": 16}, ["k_rotary_dim without k_dim"], ""),
+        ({"k_dim": 320, "k_rotary_dim": 24}, ["not divisible by 2 times 8 groups"], ""),
+        ({"k_dim": 320, "k_rotary_dim": 336}, ["not between 0 and k_dim", "above the model"], ""),
+        ({"k_dim": 448, "k_rotary_dim": 48}, ["less 48 rotary ones is above the other 384"], ""),
+    ],
+)
+def test_unfit_requests_are_refused_with_every_reason(
+    request_: dict[str, int], reasons: list[str], hint: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(NEOX, **request_)
+    assert len(caught.value.problems) == len(reasons)
+    for problem, reason in zip(caught.value.problems, reasons, strict=True):
+        assert reason in problem
+    assert hint in caught.value.hint
+
+
+def test_groups_of_which_neither_is_a_multiple() -> None:
+    six = dataclasses.replace(NEOX, heads=6, kv_heads=6)
+    with pytest.raises(PlanError, match="3 groups of V and 2 of K"):
+        make_plan(six, v_dim=96, k_dim=96, v_groups=3, k_groups=2)
+
+
+def test_whole_rotary_heads_have_no_rotary_part_to_ask_for() -> None:
+    with pytest.raises(PlanError, match="RoPE rotates whole heads"):
+        make_plan(LLAMA, k_dim=80, k_rotary_dim=16)
+
+
+def test_narrow_keys_are_allowed_with_a_warning() -> None:
+    (warning,) = width_warnings(make_plan(NEOX, k_dim=8 * 37))
+    assert "37" in warning
+    assert width_warnings(make_plan(NEOX, k_dim=320)) == []
+
+
+def test_low_bits_are_counted_without_scales() -> None:
+    layer = LAYOUTS["low_bits"]
+    plan = Plan(dataclasses.replace(NEOX, layers=1), (layer,))
+    assert plan.bytes_per_token == 320 // 2 + 2 * 512
+    assert plan.cache_bytes(10, "float32") == 10 * (320 // 2 + 4 * 512)

@@ -170,6 +170,12 @@ class Stack:
         finally:
             module.to("meta")
 
+    def forget_all_but(self, kept: nn.Module) -> None:
+        """Drop the weights of the layer that :meth:`layer` holds, but those of one of its parts."""
+        for module in self._parent.get_submodule(self._slot).modules():
+            if kept not in module.modules() and module not in kept.modules():
+                module.to("meta")
+
     def run(self, hidden: HiddenStates) -> Iterator[int]:
         """Pass all windows through the layer that :meth:`layer` holds; yields how many are done."""
         batch = max(1, BATCH_TOKENS // hidden.shape[1])
@@ -259,6 +265,7 @@ def calibrate_layers(
                 for _ in stack.run(hidden):
                     _require_finite(family, [sums])
             moments = {name: total.moments() for name, total in sums.items()}
+            stack.forget_all_but(attention)
             yield CalibratedLayer(index, attention, LayerStatistics(**moments))
 
 

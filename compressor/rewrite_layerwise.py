@@ -1,0 +1,101 @@
+"""Calibrate and rewrite a base layer by layer: from its shards into new ones, none held whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vdcompress.errors import PlanError
+from vdcompress.events import OnEvent, Progress, ignore
+from vdcompress.layerwise import (
+    CalibratedLayer,
+    HiddenStates,
+    Stack,
+    calibrate_layers,
+    stored_shapes,
+)
+from vdcompress.load import BaseConfig
+from vdcompress.plan import Plan
+from vdcompress.rewrite import _attention_state, needed_statistics, solve_values
+from vdcompress.shards import Checkpoint, ShardWriter
+from vdcompress.statistics import LayerStatistics, Statistics
+
+
+def write_compressed(
+    base: BaseConfig,
+    plan: Plan,
+    windows: Tensor,
+    folder: Path,
+    *,
+    max_shard_size: str,
+    states_in: Path | None = None,
+    device: str = "cpu",
+    on_event: OnEvent = ignore,
+) -> None:
+    """Write the weights of the compressed model that ``plan`` describes into a folder.
+
+    What is written equals what :func:`~vdcompress.rewrite.rewrite` makes of the same windows. Held
+    in memory are one layer, its statistics, and the hidden states of the windows.
+
+    Args:
+        base: where the base's weights are; ``dtype`` is that of the written ones.
+        plan: the decision.
+        windows: the calibration's token ids [n, length].
+        folder: gets the shards and their index; it holds no weights yet.
+        max_shard_size: such as ``5GB``.
+        states_in: keep the hidden states in a temporary file in this folder, not in memory.
+        device: where to calculate.
+        on_event: gets one :class:`Progress` of stage ``compress`` per layer.
+
+    Raises:
+        PlanError: for a plan of another shape.
+        ModelError: weights are missing, damaged or overflow.
+    """
+    if plan.shape != base.shape:
+        raise PlanError([f"the plan is for {plan.shape}, the model is {base.shape}"])
+    stack = base_stack(base, device)
+    compressed = base.family.compressed_on_meta(base.config, plan)
+    state = compressed.state_dict()
+    left = {name: state[name] for name in stored_shapes(compressed)}
+    storage = getattr(torch, base.dtype)
+    with (
+        HiddenStates(len(windows), windows.shape[1], stack.width, states_in) as hidden,
+        ShardWriter(folder, left, storage, max_shard_size) as writer,
+    ):
+        stack.embed(windows, hidden)
+        needs = needed_statistics(plan)
+        for layer in calibrate_layers(stack, base.family, hidden, needs):
+            for name, tensor in _rewritten(base, plan, layer, windows.numel()).items():
+                writer.write(name, tensor)
+                left.pop(name)
+            on_event(Progress("compress", layer.index + 1))
+        for name in left:
+            writer.copy(name, stack.checkpoint)
+
+
+def base_stack(base: BaseConfig, device: str = "cpu") -> Stack:
+    """Return a base that is run layer by layer."""
+    family = base.family
+    checkpoint = Checkpoint(base.folder, family.stored_as)
+    return Stack(family.base_on_meta(base.config), family.layers_prefix(), checkpoint, device)
+
+
+def compressed_stack(base: BaseConfig, plan: Plan, folder: Path, device: str = "cpu") -> Stack:
+    """Return what :func:`write_compressed` wrote, run layer by layer."""
+    family = base.family
+    model = family.compressed_on_meta(base.config, plan)
+    return Stack(model, family.layers_prefix(), Checkpoint(folder), device)
+
+
+def _rewritten(
+    base: BaseConfig, plan: Plan, layer: CalibratedLayer, tokens: int
+) -> dict[str, Tensor]:
+    """Return the new tensors of one layer's attention, by their names in the compressed model."""
+    weights = base.family.weights(layer.attention)
+    nothing = (LayerStatistics(),) * layer.index
+    statistics = Statistics((*nothing, layer.statistics), tokens)
+    solved = solve_values(weights, plan.layers[layer.index], plan, statistics, layer.index)
+    prefix = base.family.parameter_prefix(layer.index)
+    return _attention_state(prefix, base, weights, solved)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vdcompress import events
-from vdcompress.events import EpochEnded, Event, StageEnded, StageStarted, Warned
+from vdcompress.events import EpochEnded, Event, RowEnded, StageEnded, StageStarted, Warned
 
 
 class Steps(ProgressColumn):
@@ -79,6 +79,8 @@ class Display:
             return
         elif isinstance(event, EpochEnded):
             self._print(Text(epoch_line(event)))
+        elif isinstance(event, RowEnded):
+            self._print(Text(row_line(event)))
         elif isinstance(event, StageStarted):
             self._start(event)
         elif isinstance(event, StageEnded):
@@ -114,3 +116,13 @@ def epoch_line(event: EpochEnded) -> str:
     if event.epoch == 0 or math.isnan(event.train_ppl):
         return f"Epoch {event.epoch}: val_ppl={event.val_ppl:.1f}{star}"
     return f"Epoch {event.epoch}: train_ppl={event.train_ppl:.1f} val_ppl={event.val_ppl:.1f}{star}"
+
+
+def row_line(event: RowEnded) -> str:
+    """Return a row of a sweep in one line."""
+    if event.bytes_per_token is None or event.perplexity is None or event.ratio is None:
+        return f"{event.row}: not measured: {event.reason}"
+    return (
+        f"{event.row}: {event.bytes_per_token:,} bytes per token, ppl {event.perplexity:.2f} "
+        f"({event.ratio - 1:+.2%}), {event.seconds:.1f} s"
+    )

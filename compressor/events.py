@@ -54,7 +54,19 @@ class EpochEnded:
     best: bool
 
 
-Event = StageStarted | Progress | StageEnded | Warned | EpochEnded
+@dataclass(frozen=True)
+class RowEnded:
+    """One row of a sweep ended, with its figures, or with the ``reason`` why it has none."""
+
+    row: str
+    seconds: float
+    bytes_per_token: int | None = None
+    perplexity: float | None = None
+    ratio: float | None = None
+    reason: str = ""
+
+
+Event = StageStarted | Progress | StageEnded | Warned | EpochEnded | RowEnded
 OnEvent = Callable[[Event], None]
 
 

@@ -35,7 +35,7 @@ def new_run(model: str, label: str, root: Path = ROOT) -> Path:
         label: what was done, such as ``v320``.
         root: the folder of all runs.
     """
-    return _free(root, f"{_slug(model)}-{label}")
+    return _free(root, f"{slug(model)}-{label}")
 
 
 def new_healed(run: Path, root: Path = ROOT) -> Path:
@@ -140,7 +140,7 @@ def _free(root: Path, stem: str) -> Path:
     return path
 
 
-def _slug(model: str) -> str:
+def slug(model: str) -> str:
     """Return the last part of a model's name, safe in a file name on every system."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").split("/")[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -11,7 +11,7 @@ import pytest
 from conftest import Vdcompress
 
 PROGRAM = "import sys; from vdcompress.cli.app import main; main()"
-COMMANDS = ("apply", "finetune", "evaluate", "export", "inspect", "recipes", "demo")
+COMMANDS = ("apply", "finetune", "evaluate", "export", "inspect", "sweep", "recipes", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -24,8 +24,8 @@ def test_every_command_explains_itself(vdcompress: Vdcompress, command: str) -> 
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys; from vdcompress.cli.app import run; run(['--help']);"
-        "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'yaml', 'sklearn'};"
-        "sys.exit(','.join(heavy & set(sys.modules)) or 0)"
+        "heavy = {'torch', 'transformers', 'datasets', 'pydantic', 'yaml', 'sklearn', "
+        "'matplotlib'};sys.exit(','.join(heavy & set(sys.modules)) or 0)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

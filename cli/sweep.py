@@ -1,0 +1,206 @@
+"""``vdcompress sweep``: one calibration, many plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from vdcompress.cli import options as o
+from vdcompress.cli.output import Flags, Output
+from vdcompress.cli.session import session
+from vdcompress.cli.values import device as resolve_device
+from vdcompress.cli.values import positions as read_positions
+from vdcompress.cli.values import recipe_from
+from vdcompress.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+LISTS = "What, as lists: 320,256"
+ALLOCATIONS = ("uniform", "layers")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(sweep)
+
+
+def listed(help_text: str) -> Any:
+    """Return an option that takes a list."""
+    return typer.Option(metavar="LIST", rich_help_panel=LISTS, help=help_text)
+
+
+def sweep(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A folder, an alias (pythia-70m) or a hub id."),
+    ] = None,
+    v_dim: Annotated[str | None, listed("Widths of V per token and layer.")] = None,
+    k_dim: Annotated[str | None, listed("Widths of K.")] = None,
+    k_rotary_dim: Annotated[str | None, listed("How much of K is rotary.")] = None,
+    groups: Annotated[str | None, listed("Latents per layer, of both sides.")] = None,
+    v_groups: Annotated[str | None, listed("Latents of V.")] = None,
+    k_groups: Annotated[str | None, listed("Latents of K.")] = None,
+    kv_budget: Annotated[
+        str | None, listed("Fractions of the base's bytes, beside the widths.")
+    ] = None,
+    allocation: Annotated[str | None, listed("uniform, layers.")] = None,
+    initializer: Annotated[str | None, listed("optimal, pca, svd, random.")] = None,
+    refit: Annotated[str | None, listed("none, local, ...")] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=o.WHAT),
+    ] = None,
+    dtype: Annotated[
+        o.Dtype | None,
+        typer.Option(help="Of the weights; the model's own.", rich_help_panel=o.WHAT),
+    ] = None,
+    recipe: o.RecipeName = None,
+    data: o.DataText = None,
+    eval_data: o.EvalData = None,
+    text_field: o.TextField = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    windows: o.Windows = None,
+    positions: o.Positions = None,
+    seed: o.Seed = None,
+    device: o.Device = "cpu",
+    output: o.Folder = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Calibrate once and measure many plans.
+
+    Every combination of the lists is a row, beside the base and its int8 and int4 caches. Each row
+    is kept as it finishes: the same command again continues. At the end a table and a plot.
+    """
+    kept = Rows()
+    with session(Flags(json, quiet, verbose, debug), kept) as out:
+        overrides: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype and dtype.value,
+            "text_field": text_field,
+            "start.seed": seed,
+            "calibration.data": data,
+            "calibration.samples": samples,
+            "calibration.seq_len": seq_len,
+            "calibration.seed": seed,
+            "evaluation.data": eval_data,
+            "evaluation.windows": windows,
+            "evaluation.positions": read_positions(positions),
+        }
+        axes = {
+            "v_dim": values("--v-dim", v_dim, whole),
+            "k_dim": values("--k-dim", k_dim, whole),
+            "k_rotary_dim": values("--k-rotary-dim", k_rotary_dim, whole_or_zero),
+            "groups": values("--groups", groups, whole),
+            "v_groups": values("--v-groups", v_groups, whole),
+            "k_groups": values("--k-groups", k_groups, whole),
+            "kv_budget": values("--kv-budget", kv_budget, share),
+            "allocation": values("--allocation", allocation, one_of(ALLOCATIONS)),
+            "initializer": values("--initializer", initializer, str),
+            "refit": values("--refit", refit, one_of([choice.value for choice in o.Refit])),
+        }
+        merged = recipe_from(recipe, overrides)
+        from vdcompress.recipe import model_of
+
+        model_of(merged)
+        from vdcompress.pipeline.sweep import new_sweep, run_sweep
+
+        where = resolve_device(device)
+        given = {name: found for name, found in axes.items() if found is not None}
+        job = new_sweep(merged, given, output=output, on_event=out.display)
+        kept.folder = job.folder.path
+        kept.finished = job.folder.finished
+        out.note(f"sweep: {job.folder.path}")
+        show(out, run_sweep(job, device=where, on_event=out.display))
+
+
+def show(out: Output, found: dict[str, Any]) -> None:
+    """Show a sweep's tables and where its files are.
+
+    Raises:
+        ModelError: no plan could be measured.
+    """
+    from vdcompress.pipeline.sweep import require_rows
+    from vdcompress.sweep_report import sweep_table, unmeasured_table
+
+    tables = (sweep_table(found), unmeasured_table(found))
+    place = f"written to {found['run']}: sweep.json and rows/"
+    place += f", plotted in {found['plot']}" if found["plot"] else ""
+    out.result(found, *filter(None, tables), place)
+    require_rows(found)
+
+
+class Rows:
+    """What an interrupted sweep leaves behind."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.finished: Callable[[], int] = int
+
+    def __call__(self) -> tuple[str, str]:
+        """Say it."""
+        if self.folder is None or not (count := self.finished()):
+            return "nothing was written", ""
+        rows = f"{count} finished row{'s' if count > 1 else ''}"
+        return f"{rows} kept in {self.folder}", "the same command again continues"
+
+
+def values(flag: str, text: str | None, read: Callable[[str], T]) -> tuple[T, ...] | None:
+    """Read ``320,256``, each value once; None stays None.
+
+    Raises:
+        UsageError: the list is empty, or a value is not what the flag takes.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{flag} {text!r} has an empty place", f"like: {flag} A,B")
+    try:
+        return tuple(dict.fromkeys(read(part) for part in parts))
+    except ValueError as error:
+        raise UsageError(f"{flag} {text!r}: {error}") from error
+
+
+def whole(text: str) -> int:
+    """Read a whole number above zero."""
+    found = whole_or_zero(text)
+    if not found:
+        raise ValueError(f"{text} is not above zero")
+    return found
+
+
+def whole_or_zero(text: str) -> int:
+    """Read a whole number."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text} is not a whole number")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Read a fraction above 0 and at most 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise ValueError(f"{text} is not a fraction above 0 and at most 1")
+    return found
+
+
+def one_of(choices: tuple[str, ...] | list[str]) -> Callable[[str], str]:
+    """Return what reads one of some words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text} is not a choice, {did_you_mean(text, choices)}")
+        return text
+
+    return read

@@ -1,0 +1,59 @@
+"""A sweep as tables, from its document and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vdcompress.report import NONE, Table, change
+
+Document = Mapping[str, Any]
+BEST = "*"
+BEST_PLAN = "+"
+
+
+def sweep_table(found: Document) -> Table:
+    """Return every row that was measured, the base first, then the fewer bytes the lower.
+
+    In the last column ``*`` marks what nothing beats, at most so many bytes and no more perplexity;
+    ``+`` a plan that only the original's cache in few bits beats.
+    """
+    base = found["base"]
+    whole = base["bytes_per_token"]
+    rows = [(base["name"], whole, base["perplexity"], None)]
+    for row in (*found["references"], *found["rows"]):
+        if row["state"] == "done":
+            perplexity = row["perplexity"]
+            size = row["kv_cache"]["bytes_per_token"]
+            rows.append((row["row"], size, perplexity["compressed"], perplexity["kl"]))
+    rows.sort(key=lambda row: (-row[1], row[2] or 0))
+    cells = tuple(
+        (
+            name,
+            f"{size:,}",
+            f"{100 * size / whole:.1f}%",
+            NONE if perplexity is None else f"{perplexity:.2f}",
+            "" if name == base["name"] else change(base["perplexity"], perplexity),
+            NONE if kl is None else f"{kl:.4f}",
+            _mark(name, found),
+        )
+        for name, size, perplexity, kl in rows
+    )
+    header = ("cache", "bytes", "of fp16", "perplexity", "change", "KL", "best")
+    return Table("perplexity against bytes per token", header, cells)
+
+
+def _mark(name: str, found: Document) -> str:
+    if name in found["frontier"]:
+        return BEST
+    return BEST_PLAN if name in found["plan_frontier"] else ""
+
+
+def unmeasured_table(found: Document) -> Table | None:
+    """Return the rows without figures and why, None if there are none."""
+    rows = tuple(
+        (row["row"], row["state"], row["reason"] or "")
+        for row in (*found["references"], *found["rows"])
+        if row["state"] != "done"
+    )
+    return Table("not measured", ("cache", "state", "reason"), rows, words=3) if rows else None

@@ -28,7 +28,47 @@ def apply(
     ] = None,
     v_dim: Annotated[
         int | None,
-        typer.Option(help="Width of V per token and layer, all heads.", rich_help_panel=o.WHAT),
+        typer.Option(help="Width of V per token and layer, all latents.", rich_help_panel=o.KEPT),
+    ] = None,
+    k_dim: Annotated[
+        int | None,
+        typer.Option(help="Width of K, rotary and other dimensions.", rich_help_panel=o.KEPT),
+    ] = None,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            help="Latents per layer, each shared by equally many heads; one per head.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
+    v_groups: Annotated[
+        int | None, typer.Option(help="The same for V alone.", rich_help_panel=o.KEPT)
+    ] = None,
+    k_groups: Annotated[
+        int | None, typer.Option(help="The same for K alone.", rich_help_panel=o.KEPT)
+    ] = None,
+    k_rotary_dim: Annotated[
+        int | None,
+        typer.Option(help="How much of --k-dim is rotary.", rich_help_panel=o.KEPT),
+    ] = None,
+    kv_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FRACTION",
+            help="Of the base's bytes per token; calibration decides groups and widths.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
+    allocation: Annotated[
+        o.Allocation | None,
+        typer.Option(
+            help="Widths of all layers alike, or by layer at the same bytes.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
+    target: Annotated[
+        o.Target | None,
+        typer.Option("--for", help="What must be able to run it.", rich_help_panel=o.KEPT),
     ] = None,
     initializer: Annotated[
         str | None,
@@ -62,7 +102,7 @@ def apply(
     device: o.Device = "cpu",
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", rich_help_panel=o.OUTPUT, help="Only plan; no weights needed."),
+        typer.Option("--dry-run", rich_help_panel=o.OUTPUT, help="Only plan, write nothing."),
     ] = False,
     output: o.Folder = None,
     force: o.Force = False,
@@ -71,9 +111,11 @@ def apply(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Compress a model's values and measure what it costs.
+    """Compress a model's key/value cache and measure what it costs.
 
     The original experiment is: vdcompress apply pythia-70m --v-dim 320
+
+    Half of the cache, wherever it costs least: vdcompress apply pythia-70m --kv-budget 0.5
     """
     with session(Flags(json, quiet, verbose, debug)) as out:
         overrides: dict[str, Any] = {
@@ -82,6 +124,14 @@ def apply(
             "dtype": dtype and dtype.value,
             "text_field": text_field,
             "plan.v_dim": v_dim,
+            "plan.k_dim": k_dim,
+            "plan.groups": groups,
+            "plan.v_groups": v_groups,
+            "plan.k_groups": k_groups,
+            "plan.k_rotary_dim": k_rotary_dim,
+            "plan.kv_budget": kv_budget,
+            "plan.allocation": allocation and allocation.value,
+            "plan.target": target and target.value,
             "start.initializer": initializer,
             "start.refit": refit and refit.value,
             "start.alternate": alternate,
@@ -101,10 +151,10 @@ def apply(
         model_of(merged)
         from vdcompress.pipeline.apply import apply_recipe, preview
 
-        if dry_run:
-            show_plan(out, preview(merged, on_event=out.display))
-            return
         where = resolve_device(device)
+        if dry_run:
+            show_plan(out, preview(merged, device=where, on_event=out.display))
+            return
         results = apply_recipe(
             merged, output=output, force=force, device=where, on_event=out.display
         )

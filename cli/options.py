@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+KEPT = "What the cache keeps"
 WHAT = "What"
 DATA = "Data"
 HEALING = "Healing"
@@ -20,6 +21,21 @@ class Refit(StrEnum):
 
     none = "none"
     local = "local"
+    sequential = "sequential"
+
+
+class Allocation(StrEnum):
+    """The choices of ``--allocation``."""
+
+    uniform = "uniform"
+    layers = "layers"
+
+
+class Target(StrEnum):
+    """The choices of ``--for``."""
+
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 class Train(StrEnum):

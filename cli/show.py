@@ -16,9 +16,11 @@ def show_plan(out: Output, found: Document) -> None:
     out.result(
         found,
         f"{found['model']['id']} ({found['model']['family']}): planned only, nothing was written",
-        report.layers(found["plan"]),
+        *_planned(found),
         report.summary(found),
+        report.costs(found["cost"]),
     )
+    _hint_at_sharing(out, found)
 
 
 def show_run(out: Output, results: Document, following: str) -> None:
@@ -32,6 +34,8 @@ def show_run(out: Output, results: Document, following: str) -> None:
     tables = [report.summary(results), report.positions(results)]
     place = f"written to {results['run']}"
     out.result(results, *filter(None, tables), place)
+    if results["command"] == "apply":
+        _hint_at_sharing(out, results)
     out.note(f"{_took(results)}; {following}")
     require_gate(results)
 
@@ -83,6 +87,28 @@ def show_inspection(out: Output, found: Document) -> None:
         tables = [report.summary(found)] if found["parameters"] else []
         tables += [report.layers(found["plan"]), _capacity(found), _engines(found)]
     out.result(found, title, *tables)
+
+
+def _planned(found: Document) -> list[Table]:
+    """Return what every layer keeps, which frequencies, and what that costs."""
+    plan, predicted = found["plan"], found.get("predicted_loss")
+    tables = [report.layers(plan), report.frequencies(plan), report.spent(plan, predicted)]
+    return [table for table in tables if table is not None]
+
+
+def _hint_at_sharing(out: Output, found: Document) -> None:
+    """Say what the bytes of latents per head would do as one latent of all heads."""
+    if not report.is_per_head(found["plan"]):
+        return
+    shared = found.get("shared_latent")
+    if shared is None:
+        out.note("with --groups 1 the same bytes hold one latent that all heads share")
+        return
+    loss = shared["predicted_loss"]
+    out.note(
+        f"predicted loss per token: {loss['per_head']:.4f} nats with a latent for each head, "
+        f"{loss['shared']:.4f} with one for all in the same bytes (--groups 1)"
+    )
 
 
 def _took(results: Document) -> str:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vdcompress.errors import UsageError
+
+if TYPE_CHECKING:
+    from vdcompress.load import Base
+    from vdcompress.plan import Start
+    from vdcompress.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -25,3 +33,23 @@ class LayerGains:
     v: Mapping[int, tuple[float, ...]]
     k_nope: Mapping[int, tuple[float, ...]]
     k_rotary: Mapping[int, tuple[tuple[float, ...], ...]]
+
+
+def gains(
+    base: Base,  # noqa: ARG001
+    statistics: Statistics,  # noqa: ARG001
+    start: Start,  # noqa: ARG001
+    groups: Sequence[int] | None = None,  # noqa: ARG001
+) -> tuple[LayerGains, ...]:
+    """Return what each layer's latents leave out at every width.
+
+    Args:
+        base: the loaded model.
+        statistics: of all sides.
+        start: how the new weights are found.
+        groups: numbers of latents to look at; None is every divisor of the key/value heads.
+
+    Raises:
+        UsageError: the statistics lack a side.
+    """
+    raise UsageError("gains are not measured yet")

@@ -12,7 +12,7 @@ from vdcompress.budget import layers_for
 from vdcompress.errors import PlanError
 from vdcompress.modeling import layout as layouts
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
-from vdcompress.request import VLLM, Request, suggestion
+from vdcompress.request import VLLM, Request
 
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
@@ -249,8 +249,7 @@ def plan_for(
     Raises:
         PlanError: with every reason why it does not fit (exit 2).
     """
-    if found := request.problems(shape):
-        raise PlanError(found, suggestion(request, shape))
+    request.require(shape)
     if gains is not None and len(gains) != shape.layers:
         raise PlanError([f"gains of {len(gains)} layers, the model has {shape.layers}"])
     try:

@@ -37,16 +37,28 @@ class Section(BaseModel):
 
 
 class PlanSection(Section):
-    """What the cache keeps; ``v_dim`` counts over all key/value heads of a layer."""
+    """What the cache keeps; widths count over all latents of a layer, null leaves a side whole.
+
+    ``groups`` is for every side that changes, ``v_groups`` and ``k_groups`` for one of them.
+    ``kv_budget`` is a fraction of the base's bytes per token, in place of widths.
+    """
 
     v_dim: int | None = None
+    k_dim: int | None = None
+    groups: int | None = None
+    v_groups: int | None = None
+    k_groups: int | None = None
+    k_rotary_dim: int | None = None
+    kv_budget: float | None = None
+    allocation: Literal["uniform", "layers"] | None = None
+    target: Literal["transformers", "vllm"] = "transformers"
 
 
 class StartSection(Section):
     """How compressed weights are found; null takes the initialiser's own default."""
 
     initializer: str = "optimal"
-    refit: Literal["none", "local"] | None = None
+    refit: Literal["none", "local", "sequential"] | None = None
     alternate: Annotated[int, Field(ge=0)] | None = None
     seed: Seed = 0
 

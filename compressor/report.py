@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Results = Mapping[str, Any]
 Form = Callable[[float | None], str]
 NONE = "-"
@@ -80,18 +81,72 @@ def positions(results: Results) -> Table | None:
 
 def layers(plan: Results) -> Table:
     """Return what each layer keeps in its cache; equal layers share a row."""
-    header = ("layers", "K latents", "V latents", "K numbers", "V numbers", "bits K / V")
-    spans: list[tuple[int, int, tuple[str, ...]]] = []
-    for index, layer in enumerate(plan["layers"]):
-        cells = _layer_cells(layer)
-        if spans and spans[-1][2] == cells:
-            spans[-1] = (spans[-1][0], index, cells)
-        else:
-            spans.append((index, index, cells))
-    rows = tuple(
-        (f"{first}-{last}" if last > first else str(first), *cells) for first, last, cells in spans
-    )
+    header = ("layers", "K latents", "rotary", "V latents", "K numbers", "V numbers", "bits K / V")
+    rows = _runs([_layer_cells(layer) for layer in plan["layers"]])
     return Table("what each layer's cache keeps for a token", header, rows)
+
+
+def frequencies(plan: Results) -> Table | None:
+    """Return how often K latents keep each rotary frequency; None where all keep all."""
+    count = plan["shape"]["rotary_dim"] // 2
+    kept = [_counts(layer, count) for layer in plan["layers"]]
+    if all(counts is None for counts in kept):
+        return None
+    header = ("layers", "of", "frequency x virtual heads, fastest first")
+    heads = plan["shape"]["kv_heads"]
+    cells = []
+    for layer, counts in zip(plan["layers"], kept, strict=True):
+        most = heads // _k_groups(layer)
+        spans = _spans(counts if counts is not None else [most] * count)
+        cells.append((str(most), ", ".join(f"{_span(a, b)} x {n}" for a, b, n in spans if n)))
+    return Table("rotary frequencies that each K latent keeps", header, _runs(cells), words=3)
+
+
+def spent(plan: Results, predicted: Results | None = None) -> Table:
+    """Return where the bytes of a token go, and what each part is predicted to lose.
+
+    Args:
+        plan: the plan's JSON.
+        predicted: ``predicted_loss`` of a document; None leaves those columns out.
+    """
+    losses = predicted["layers"] if predicted else [None] * len(plan["layers"])
+    rows = [_spent_cells(layer, loss) for layer, loss in zip(plan["layers"], losses, strict=True)]
+    total = [sum(part) for part in zip(*(_bytes(layer) for layer in plan["layers"]), strict=True)]
+    last: tuple[str, ...] = ("all", *map(_count, total), _count(sum(total)))
+    header: tuple[str, ...] = ("layers", "V", "K", "K rotary", "bytes")
+    title = "bytes per token"
+    if predicted:
+        title += ", and predicted loss"
+        header += ("loss of V", "of K", "of K rotary", "nats")
+        parts = (predicted["v"], predicted["k_nope"], predicted["k_rotary"], predicted["total"])
+        last += tuple(map(_nats, parts))
+    return Table(title, header, (*_runs(rows), last))
+
+
+def costs(cost: Results) -> Table:
+    """Return weights and arithmetic of attention, before and after."""
+    names = {
+        "weights": "weights of the projections",
+        "flops_per_token": "operations per new token",
+        "flops_per_cached_token": "  and per token in the cache",
+    }
+    base, narrow = cost["base"], cost["compressed"]
+    rows = tuple(
+        (title, _count(base[name]), _count(narrow[name]), change(base[name], narrow[name]))
+        for name, title in names.items()
+    )
+    return Table("attention of all layers", ("", "base", "compressed", "change"), rows)
+
+
+def is_per_head(plan: Results) -> bool:
+    """Say whether a plan narrows V alone, with a latent for each of several heads."""
+    heads, full = plan["shape"]["kv_heads"], plan["shape"]["head_dim"]
+    return (
+        heads > 1
+        and plan["k_dim"] == heads * full
+        and plan["k_groups"] == plan["v_groups"] == heads
+        and plan["v_dim"] not in (None, heads * full)
+    )
 
 
 def model_card(results: Results) -> str:
@@ -106,7 +161,7 @@ def model_card(results: Results) -> str:
         _front_matter(str(model["id"]), str(model["family"])),
         f"# {name} with a {100 * cache['reduction']:.4g}% smaller key/value cache",
         f"This is `{name}`, compressed in its architecture by vdcompress. Attention runs on the "
-        "narrow values as they are cached; nothing is restored to full width.",
+        "narrow latents as they are cached; nothing is restored to full width.",
         summary(results).markdown(),
     ]
     if gate := results.get("gate"):
@@ -116,6 +171,7 @@ def model_card(results: Results) -> str:
     parts += [
         "## What the cache keeps",
         layers(plan).markdown(),
+        *([kept.markdown()] if (kept := frequencies(plan)) else []),
         "## Use",
         _USE,
         "## How it was made",
@@ -155,18 +211,65 @@ def _gate_line(gate: Results) -> str:
     )
 
 
+def _runs(cells: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Put the numbers of layers before their cells; equal neighbours share a row."""
+    return tuple((_span(first, last), *row) for first, last, row in _spans(cells))
+
+
+def _spans(values: Sequence[T]) -> list[tuple[int, int, T]]:
+    """Return first place, last place and value of each run of equal values."""
+    found: list[tuple[int, int, T]] = []
+    for place, value in enumerate(values):
+        if found and found[-1][2] == value:
+            found[-1] = (found[-1][0], place, value)
+        else:
+            found.append((place, place, value))
+    return found
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}-{last}" if last > first else str(first)
+
+
 def _layer_cells(layer: Results) -> tuple[str, ...]:
     v, nope, rotary = layer["v"], layer["k_nope"], layer["k_rotary"]
     k_width = nope["width"] + rotary["width"]
-    k_groups = nope["groups"] if nope["width"] else rotary["groups"]
     k_bits: Sequence[int] = sorted({nope["bits"], rotary["bits"]})
     return (
-        f"{k_groups} x {k_width}",
+        f"{_k_groups(layer)} x {k_width}",
+        "mapped behind" if nope["after_rope"] else str(rotary["width"]),
         f"{v['groups']} x {v['width']}",
         str(nope["groups"] * nope["width"] + rotary["groups"] * rotary["width"]),
         str(v["groups"] * v["width"]),
         f"{'+'.join(map(str, k_bits))} / {v['bits']}",
     )
+
+
+def _k_groups(layer: Results) -> int:
+    nope, rotary = layer["k_nope"], layer["k_rotary"]
+    return int(nope["groups"] if nope["width"] else rotary["groups"])
+
+
+def _counts(layer: Results, frequencies: int) -> list[int] | None:
+    """Return how many virtual heads keep each frequency, None where nothing was chosen."""
+    kept = layer["k_rotary"]["frequencies"]
+    if layer["k_nope"]["after_rope"] or kept == list(range(frequencies)):
+        return None
+    return [kept.count(index) for index in range(frequencies)]
+
+
+def _bytes(layer: Results) -> tuple[float, ...]:
+    parts = (layer["v"], layer["k_nope"], layer["k_rotary"])
+    return tuple(part["groups"] * part["width"] * part["bits"] / 8 for part in parts)
+
+
+def _spent_cells(layer: Results, loss: Results | None) -> tuple[str, ...]:
+    found = _bytes(layer)
+    cells = (*map(_count, found), _count(sum(found)))
+    if loss is None:
+        return cells
+    parts = (loss["v"], loss["k_nope"], loss["k_rotary"])
+    return (*cells, *map(_nats, parts), _nats(sum(parts)))
 
 
 def _count(value: float | None) -> str:

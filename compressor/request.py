@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vdcompress.errors import PlanError
+
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
 
@@ -113,6 +115,11 @@ class Request:
         if self.target == VLLM:
             found += self._vllm_problems(v_groups, k_groups, shape)
         return found
+
+    def require(self, shape: ModelShape) -> None:
+        """Raise one :class:`PlanError` that names all :meth:`problems`, if there are any."""
+        if found := self.problems(shape):
+            raise PlanError(found, suggestion(self, shape))
 
     def _choices(self) -> list[str]:
         found = []

@@ -16,7 +16,7 @@ from vdcompress.initializers.base import ValueProblem, ValueWeights, fold, keep_
 from vdcompress.initializers.refit import refit
 from vdcompress.load import Base, moved
 from vdcompress.modeling.layout import LayerLayout
-from vdcompress.plan import Plan
+from vdcompress.plan import ModelShape, Plan, Start
 from vdcompress.statistics import Statistics
 
 
@@ -53,10 +53,11 @@ def rewrite(
     return model.eval()
 
 
-def needed_statistics(plan: Plan) -> frozenset[str]:
-    """Return which moments :func:`rewrite` will read for this plan."""
-    needs = initializers.get(plan.start.initializer).needs
-    return needs if plan.start.refit == "none" else needs | {"outputs"}
+def needed_statistics(start: Start | Plan, shape: ModelShape | None = None) -> frozenset[str]:  # noqa: ARG001
+    """Return which moments :func:`rewrite` will read, whatever the widths."""
+    start = start.start if isinstance(start, Plan) else start
+    needs = initializers.get(start.initializer).needs
+    return needs if start.refit == "none" else needs | {"outputs"}
 
 
 def solve_values(

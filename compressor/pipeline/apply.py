@@ -11,7 +11,7 @@ from vdcompress import runs
 from vdcompress.artifact import Compressed, require_free, write_artifact
 from vdcompress.calibrate import calibrate
 from vdcompress.events import OnEvent, Stopwatch, ignore
-from vdcompress.load import Base, load, load_config
+from vdcompress.load import Base, BaseConfig, load, load_config
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (
     Timed,
@@ -21,36 +21,76 @@ from vdcompress.pipeline.document import (
     peak_memory,
 )
 from vdcompress.pipeline.measure import measure
-from vdcompress.pipeline.settings import plan_of, settle
+from vdcompress.pipeline.planning import Planned, plan_measured, with_shared_hint
+from vdcompress.pipeline.settings import (
+    checked_request,
+    plan_of,
+    request_of,
+    settle,
+    start_of,
+)
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.report import model_card
 from vdcompress.rewrite import needed_statistics, rewrite
+from vdcompress.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A loaded base, and what is to become of it: the settled recipe and its plan."""
+    """A loaded base, and what is to become of it.
+
+    Attributes:
+        base: the model.
+        recipe: settled.
+        plan: None where it waits for calibration.
+    """
 
     base: Base
     recipe: Recipe
-    plan: Plan
+    plan: Plan | None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A base, what calibration measured, and the plan."""
+
+    opened: Opened
+    windows: text.Windows
+    statistics: Statistics
+    planned: Planned
 
 
 def compress(
     model: str,
-    v_dim: int = 320,
+    v_dim: int | None = None,
     *,
+    k_dim: int | None = None,
+    groups: int | None = None,
+    v_groups: int | None = None,
+    k_groups: int | None = None,
+    k_rotary_dim: int | None = None,
+    kv_budget: float | None = None,
+    allocation: str | None = None,
+    target: str | None = None,
     recipe: Recipe | None = None,
     overrides: Mapping[str, Any] | None = None,
     device: str = "cpu",
     on_event: OnEvent = ignore,
 ) -> Compressed:
-    """Compress a model's V: load, calibrate, plan and rewrite in one call.
+    """Compress a model's cache: load, calibrate, plan and rewrite in one call.
 
     Args:
         model: a folder, an alias (``pythia-70m``) or a hub id.
-        v_dim: width of V per token and layer, over all key/value heads.
+        v_dim: width of V per token and layer, over all its latents.
+        k_dim: width of K likewise.
+        groups: latents per layer of each side that changes; None is one per key/value head.
+        v_groups: the same for V alone.
+        k_groups: the same for K alone.
+        k_rotary_dim: how much of ``k_dim`` is rotary.
+        kv_budget: fraction of the base's bytes per token, in place of widths.
+        allocation: ``uniform``, or ``layers`` for widths that differ by layer.
+        target: ``transformers`` or ``vllm``, what the layout is for.
         recipe: further settings; None takes the defaults.
         overrides: single settings, such as ``{"calibration.data": "text.jsonl"}``.
         device: where to calculate.
@@ -62,11 +102,23 @@ def compress(
     Raises:
         VDCompressError: any of its kinds, in one line with a hint.
     """
-    values = {"model": model, "plan.v_dim": v_dim, **(overrides or {})}
-    opened = open_base((recipe or Recipe()).merged(values), device, on_event)
+    asked = {
+        "v_dim": v_dim,
+        "k_dim": k_dim,
+        "groups": groups,
+        "v_groups": v_groups,
+        "k_groups": k_groups,
+        "k_rotary_dim": k_rotary_dim,
+        "kv_budget": kv_budget,
+        "allocation": allocation,
+        "target": target,
+    }
+    values = {"model": model, **{f"plan.{name}": value for name, value in asked.items()}}
+    merged = (recipe or Recipe()).merged(values | dict(overrides or {}))
+    opened = open_base(merged, device, on_event)
     with Stopwatch(on_event).stage("read text"):
         windows = text.calibration_windows(opened.recipe, opened.base.tokenizer)
-    return rewritten(opened, windows, on_event)
+    return rewritten(calibrated(opened, windows, on_event), on_event)
 
 
 def apply_recipe(
@@ -103,16 +155,20 @@ def apply_recipe(
     with Stopwatch(timed).stage("read text"):
         windows = text.calibration_windows(opened.recipe, opened.base.tokenizer)
         tokens = text.evaluation_tokens(opened.recipe, opened.base.tokenizer)
-    compressed = rewritten(opened, windows, timed)
+    found = calibrated(opened, windows, timed)
+    planned = with_shared_hint(found.planned, opened.base, opened.recipe, found.statistics, timed)
+    compressed = rewritten(found, timed)
     measured = measure(compressed, opened.base, tokens, opened.recipe, timed)
-    plan, settled = opened.plan, opened.recipe
-    folder = output or runs.new_run(model_of(recipe), f"v{recipe.plan.v_dim}", root)
+    settled = opened.recipe
+    folder = output or runs.new_run(model_of(recipe), request_of(settled).label(), root)
     results = document(
         "apply",
         opened.base,
-        plan,
+        planned.plan,
         run=str(folder),
-        **measured.fields(plan, settled),
+        predicted_loss=planned.predicted,
+        shared_latent=planned.shared,
+        **measured.fields(planned.plan, settled),
         gate=judged(settled, measured.quality.ratio),
         seconds=timed.seconds,
         environment=environment(device, start_memory),
@@ -129,31 +185,68 @@ def apply_recipe(
     return results
 
 
-def preview(recipe: Recipe, *, on_event: OnEvent = ignore) -> dict[str, Any]:
-    """Return what :func:`apply_recipe` would do, from the config alone: ``apply --dry-run``."""
-    base = load_config(model_of(recipe), revision=recipe.revision)
-    settled = settle(recipe, base.config, on_event)
-    plan = plan_of(settled, base.shape, on_event)
-    return document("apply", base, plan, dry_run=True, recipe=settled.model_dump(mode="json"))
+def preview(recipe: Recipe, *, device: str = "cpu", on_event: OnEvent = ignore) -> dict[str, Any]:
+    """Return what :func:`apply_recipe` would do, and write nothing: ``apply --dry-run``.
+
+    The config alone is enough unless the plan needs gains: then the base is loaded and calibrated,
+    and the predicted loss is part of the answer.
+
+    Args:
+        recipe: what to do.
+        device: where to calibrate.
+        on_event: hears what happens.
+    """
+    config = load_config(model_of(recipe), revision=recipe.revision)
+    settled = settle(recipe, config.config, on_event)
+    if not checked_request(settled, config.shape).needs_gains(config.shape):
+        plan = plan_of(settled, config.shape, on_event)
+        return _previewed(config, Planned(plan), settled)
+    timed = Timed(on_event)
+    opened = open_base(settled, device, timed)
+    with Stopwatch(timed).stage("read text"):
+        windows = text.calibration_windows(opened.recipe, opened.base.tokenizer)
+    planned = calibrated(opened, windows, timed).planned
+    return _previewed(config, planned, settled) | {"seconds": timed.seconds}
 
 
 def open_base(recipe: Recipe, device: str, on_event: OnEvent) -> Opened:
     """Settle a recipe from the base's config, then load the weights."""
     config = load_config(model_of(recipe), revision=recipe.revision)
     recipe = settle(recipe, config.config, on_event)
-    plan = plan_of(recipe, config.shape, on_event)
+    waits = checked_request(recipe, config.shape).needs_gains(config.shape)
+    plan = None if waits else plan_of(recipe, config.shape, on_event)
     with Stopwatch(on_event).stage("load"):
         base = load(model_of(recipe), revision=recipe.revision, device=device)
     return Opened(replace(base, dtype=recipe.dtype or base.dtype), recipe, plan)
 
 
-def rewritten(opened: Opened, windows: text.Windows, on_event: OnEvent) -> Compressed:
-    """Calibrate and rewrite a base as its plan says."""
-    base, plan = opened.base, opened.plan
-    watch = Stopwatch(on_event)
-    with watch.stage("calibrate", len(windows.tokens)):
-        needs = needed_statistics(plan)
+def calibrated(opened: Opened, windows: text.Windows, on_event: OnEvent) -> Calibrated:
+    """Measure a base, and make the plan if it waited for that."""
+    base, recipe = opened.base, opened.recipe
+    with Stopwatch(on_event).stage("calibrate", len(windows.tokens)):
+        needs = needed_statistics(start_of(recipe), base.shape)
         statistics = calibrate(base, windows.tokens, needs=needs, on_event=on_event)
-    with watch.stage("rewrite", plan.shape.layers):
-        model = rewrite(base, plan, statistics, on_event=on_event)
-    return Compressed.of(base, plan, model, calibration=windows.digest)
+    if opened.plan is None:
+        planned = plan_measured(base, recipe, statistics, on_event)
+    else:
+        planned = Planned(opened.plan)
+    return Calibrated(opened, windows, statistics, planned)
+
+
+def rewritten(found: Calibrated, on_event: OnEvent) -> Compressed:
+    """Rewrite a base as its plan says."""
+    base, plan = found.opened.base, found.planned.plan
+    with Stopwatch(on_event).stage("rewrite", plan.shape.layers):
+        model = rewrite(base, plan, found.statistics, on_event=on_event)
+    return Compressed.of(base, plan, model, calibration=found.windows.digest)
+
+
+def _previewed(base: BaseConfig, planned: Planned, settled: Recipe) -> dict[str, Any]:
+    return document(
+        "apply",
+        base,
+        planned.plan,
+        dry_run=True,
+        predicted_loss=planned.predicted,
+        recipe=settled.model_dump(mode="json"),
+    )

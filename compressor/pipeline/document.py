@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from vdcompress.cost import base_cost, plan_cost
 from vdcompress.errors import QualityGateError
 from vdcompress.events import Event, OnEvent, StageEnded
 from vdcompress.plan import Plan
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 V_PATH = ("v_compress", "o_contract")
+K_PATH = ("q_proj", "k_proj", "q_expand", "k_compress")
+NULL = (
+    "run",
+    "predicted_loss",
+    "shared_latent",
+    "perplexity",
+    "positions",
+    "gate",
+    "seconds",
+)
 PACKAGES = ("vdcompress", "torch", "transformers")
 
 
@@ -46,7 +57,6 @@ def document(command: str, base: BaseConfig, plan: Plan, **found: Any) -> dict[s
         plan: what the cache keeps.
         found: further fields, in place of the nulls.
     """
-    empty = {"run": None, "perplexity": None, "positions": None, "gate": None, "seconds": None}
     described = {
         "schema": SCHEMA,
         "command": command,
@@ -54,23 +64,33 @@ def document(command: str, base: BaseConfig, plan: Plan, **found: Any) -> dict[s
         "plan": plan.to_json(),
         "parameters": parameters(base, plan),
         "kv_cache": kv_cache(plan),
+        "cost": cost(plan),
     }
-    return described | empty | found
+    return described | dict.fromkeys(NULL) | found
 
 
 def parameters(base: BaseConfig, plan: Plan) -> dict[str, int]:
     """Count parameters from configs alone, shared ones once."""
     family = base.family
     compressed = family.compressed_on_meta(base.config, plan)
-    names = (*V_PATH, family.output_name)
+    attentions = family.attention_modules(compressed)
+
+    def path(*names: str) -> int:
+        return sum(
+            _count(module, lambda name: name.split(".")[0] in names) for module in attentions
+        )
+
     return {
         "base": _count(family.base_on_meta(base.config), lambda _name: True),
         "compressed": _count(compressed, lambda _name: True),
-        "v_path": sum(
-            _count(attention, lambda name: name.split(".")[0] in names)
-            for attention in family.attention_modules(compressed)
-        ),
+        "v_path": path(*V_PATH, family.output_name),
+        "k_path": path(*K_PATH),
     }
+
+
+def cost(plan: Plan) -> dict[str, dict[str, int]]:
+    """Return weights and arithmetic of attention before and after."""
+    return {"base": base_cost(plan.shape).to_json(), "compressed": plan_cost(plan).to_json()}
 
 
 def kv_cache(plan: Plan, measured: CacheSize | None = None) -> dict[str, Any]:

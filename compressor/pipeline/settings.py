@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vdcompress import initializers
 from vdcompress.errors import UsageError
 from vdcompress.events import OnEvent, Warned, ignore
 from vdcompress.heal_settings import HealSettings
-from vdcompress.plan import ModelShape, Plan, Start, make_plan, width_warnings
+from vdcompress.plan import ModelShape, Plan, Start, plan_for, width_warnings
 from vdcompress.recipe import Recipe, model_of
+from vdcompress.request import Request
+
+if TYPE_CHECKING:
+    from vdcompress.gains import LayerGains
 
 
 def settle(recipe: Recipe, config: Any, on_event: OnEvent = ignore) -> Recipe:
@@ -29,8 +34,8 @@ def settle(recipe: Recipe, config: Any, on_event: OnEvent = ignore) -> Recipe:
         "start.alternate": start.alternate,
     }
     if start.alternate is None:
-        local = values["start.refit"] == "local"
-        values["start.alternate"] = initializer.default_alternate if local else 0
+        refitted = values["start.refit"] != "none"
+        values["start.alternate"] = initializer.default_alternate if refitted else 0
     longest = getattr(config, "max_position_embeddings", None)
     for name in ("calibration", "evaluation", "heal"):
         section = getattr(recipe, name)
@@ -43,27 +48,60 @@ def settle(recipe: Recipe, config: Any, on_event: OnEvent = ignore) -> Recipe:
     return recipe.merged(values)
 
 
-def plan_of(recipe: Recipe, shape: ModelShape, on_event: OnEvent = ignore) -> Plan:
+def request_of(recipe: Recipe) -> Request:
+    """Return the recipe's ``plan`` section as the core takes it."""
+    return Request.of(**recipe.plan.model_dump())
+
+
+def start_of(recipe: Recipe) -> Start:
+    """Return the ``start`` section of a settled recipe as the core takes it."""
+    section = recipe.start
+    return Start(
+        initializer=section.initializer,
+        refit=section.refit or "none",
+        alternate=section.alternate or 0,
+        seed=section.seed,
+    )
+
+
+def plan_of(
+    recipe: Recipe,
+    shape: ModelShape,
+    on_event: OnEvent = ignore,
+    gains: Sequence[LayerGains] | None = None,
+) -> Plan:
     """Return the plan of a settled recipe.
+
+    Args:
+        recipe: settled.
+        shape: of the base.
+        on_event: warned of widths that cost speed.
+        gains: of every layer, where :meth:`Request.needs_gains` asks for them.
 
     Raises:
         UsageError: no width was asked for.
-        PlanError: the width does not fit the model.
+        PlanError: what was asked for does not fit the model, or it needs gains.
     """
-    if recipe.plan.v_dim is None:
-        step, full = 8 * shape.kv_heads, shape.kv_dim
-        half = max(step, round(full * 0.625 / step) * step)
-        raise UsageError(f"how wide? V has {full} dimensions here", f"try: --v-dim {half}")
-    start = Start(
-        initializer=recipe.start.initializer,
-        refit=recipe.start.refit or "none",
-        alternate=recipe.start.alternate or 0,
-        seed=recipe.start.seed,
-    )
-    plan = make_plan(shape, v_dim=recipe.plan.v_dim, start=start)
+    plan = plan_for(shape, checked_request(recipe, shape), start_of(recipe), gains)
     for warning in width_warnings(plan):
         on_event(Warned(warning))
     return plan
+
+
+def checked_request(recipe: Recipe, shape: ModelShape) -> Request:
+    """Return what a recipe asks for, once it is known to fit the model.
+
+    Raises:
+        UsageError: no width was asked for.
+        PlanError: what was asked for does not fit the model.
+    """
+    request = request_of(recipe)
+    if request.empty:
+        step, full = 8 * shape.kv_heads, shape.kv_dim
+        half = max(step, round(full * 0.625 / step) * step)
+        raise UsageError(f"how wide? V has {full} dimensions here", f"try: --v-dim {half}")
+    request.require(shape)
+    return request
 
 
 def heal_settings(recipe: Recipe) -> HealSettings:

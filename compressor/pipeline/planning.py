@@ -1,0 +1,112 @@
+"""Plan once calibration has measured: gains, the plan that they decide, and what it loses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vdcompress import gains as measured
+from vdcompress.allocate import predicted_loss
+from vdcompress.budget import divisors
+from vdcompress.errors import VDCompressError
+from vdcompress.events import OnEvent, Stopwatch, ignore
+from vdcompress.pipeline.settings import checked_request, plan_of, start_of
+from vdcompress.plan import ModelShape, Plan
+from vdcompress.recipe import Recipe
+from vdcompress.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vdcompress.gains import LayerGains
+    from vdcompress.load import Base
+    from vdcompress.statistics import Statistics
+
+HINT_WIDTH = 2048
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what calibration says of it; both None where nothing was predicted.
+
+    Attributes:
+        plan: the plan.
+        predicted: JSON: ``total`` nats per token, by part, and by layer and part.
+        shared: JSON: what the same bytes of V lose per head and in one latent of all heads.
+    """
+
+    plan: Plan
+    predicted: dict[str, Any] | None = None
+    shared: dict[str, Any] | None = None
+
+
+def plan_measured(
+    base: Base, recipe: Recipe, statistics: Statistics, on_event: OnEvent = ignore
+) -> Planned:
+    """Plan a request that needs gains: measure them, and allocate by them.
+
+    Args:
+        base: the loaded model.
+        recipe: settled.
+        statistics: of all sides.
+        on_event: hears what happens.
+
+    Raises:
+        PlanError: what was asked for does not fit the model.
+    """
+    shape, request = base.shape, checked_request(recipe, base.shape)
+    with Stopwatch(on_event).stage("plan"):
+        counts = group_counts(request, shape)
+        gains = measured.gains(base, statistics, start_of(recipe), counts)
+        plan = plan_of(recipe, shape, on_event, gains)
+    return Planned(plan, predicted(plan, gains))
+
+
+def with_shared_hint(
+    planned: Planned, base: Base, recipe: Recipe, statistics: Statistics, on_event: OnEvent
+) -> Planned:
+    """Add what a bare ``--v-dim`` would lose in one latent of all heads, where that is cheap."""
+    shape, request = base.shape, checked_request(recipe, base.shape)
+    if not wants_hint(request, shape):
+        return planned
+    with Stopwatch(on_event).stage("compare"):
+        try:
+            found = measured.gains(base, statistics, start_of(recipe), (1, shape.kv_heads))
+        except VDCompressError:
+            return planned
+    width = request.v_dim or 0
+    per_head = sum(layer.v[shape.kv_heads][width // shape.kv_heads] for layer in found)
+    shared = {
+        "v_groups": 1,
+        "v_dim": width,
+        "predicted_loss": {
+            "per_head": per_head,
+            "shared": sum(layer.v[1][width] for layer in found),
+        },
+    }
+    return Planned(planned.plan, predicted(planned.plan, found), shared)
+
+
+def wants_hint(request: Request, shape: ModelShape) -> bool:
+    """Say whether a request narrows V alone, with a latent for each head, and is small enough."""
+    return (
+        request == Request(v_dim=request.v_dim)
+        and shape.kv_heads > 1
+        and (request.v_dim or 0) < shape.kv_dim <= HINT_WIDTH
+    )
+
+
+def group_counts(request: Request, shape: ModelShape) -> tuple[int, ...]:
+    """Return the numbers of latents whose gains a plan reads."""
+    asked = (request.v_groups, request.k_groups)
+    if request.kv_budget is not None:
+        free = set(divisors(shape.kv_heads)) if None in asked else set()
+        return tuple(sorted(free | {groups for groups in asked if groups}))
+    return tuple(sorted(set(request.groups(shape))))
+
+
+def predicted(plan: Plan, gains: Sequence[LayerGains]) -> dict[str, Any]:
+    """Return the loss that gains predict for a plan, in nats per token."""
+    layers = predicted_loss(plan.layers, gains)
+    parts = {name: sum(layer[name] for layer in layers) for name in layers[0]}
+    return {"total": sum(parts.values()), **parts, "layers": list(layers)}

@@ -114,18 +114,28 @@ def head_losses(
     for start, q_rows, p_rows in _head_blocks(model, base):
         for first in range(0, len(targets), batch):
             part = slice(first, first + batch)
-            q_logits = functional.linear(ours.read(part.start, part.stop), q_rows)
-            p_logits = functional.linear(theirs.read(part.start, part.stop), p_rows)
+            q_logits = _logits(ours, part, q_rows)
+            p_logits = _logits(theirs, part, p_rows)
             before = p.norm[part].clone()
             q.add(part, q_logits, start)
             within = p.add(part, p_logits, start)
-            q_logits.neg_().add_(p_logits)
-            p_logits.sub_(p_logits.logsumexp(-1, keepdim=True)).exp_()
-            here = torch.linalg.vecdot(p_logits, q_logits).double()
+            here = _expected_difference(p_logits, q_logits)
             now = p.norm[part]
             kept = difference[part] * (before - now).exp()
             difference[part] = kept + here * (within - now).exp()
     return {"model": q.loss(), "base": p.loss(), "kl": difference - p.norm + q.norm}
+
+
+def _logits(hidden: HiddenStates, part: slice, rows: Tensor) -> Tensor:
+    """Return logits [b, t, block] on the device of the output embeddings ``rows``."""
+    return functional.linear(hidden.read(part.start, part.stop).to(rows.device), rows)
+
+
+def _expected_difference(p: Tensor, q: Tensor) -> Tensor:
+    """Return E[p - q] under softmax(p) within one block, float64 [b, t]; both are overwritten."""
+    q.neg_().add_(p)
+    p.sub_(p.logsumexp(-1, keepdim=True)).exp_()
+    return torch.linalg.vecdot(p, q).cpu().double()
 
 
 def _head_blocks(model: Stack, base: Stack) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -150,12 +160,12 @@ class _Norm:
 
     def add(self, part: slice, logits: Tensor, start: int) -> Tensor:
         """Add the logits [b, t, block] of some windows; returns their own log-sum-exp [b, t]."""
-        within = logits.logsumexp(-1).double()
+        within = logits.logsumexp(-1).cpu().double()
         self.norm[part] = torch.logaddexp(self.norm[part], within)
         places = self._targets[part] - start
         inside = (places >= 0) & (places < logits.shape[-1])
-        found = logits.gather(-1, (places * inside)[..., None])[..., 0].double()
-        self._target[part] = torch.where(inside, found, self._target[part])
+        found = logits.gather(-1, (places * inside)[..., None].to(logits.device))[..., 0]
+        self._target[part] = torch.where(inside, found.cpu().double(), self._target[part])
         return within
 
     def loss(self) -> Tensor:

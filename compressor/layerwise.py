@@ -200,7 +200,7 @@ class Stack:
         """Yield so many rows of the output embeddings at a time, float32, and where they start."""
         size = rows * self.width * self.checkpoint.itemsize(self.head_name)
         for start, block in self.checkpoint.blocks(self.head_name, size):
-            yield start, block.float()
+            yield start, block.to(self.device, torch.float32)
 
     def _through(self, states: Tensor) -> Tensor:
         output = self._body(inputs_embeds=states.to(self.device), use_cache=False)

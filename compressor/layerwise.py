@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vdcompress.calibrate import _hooked, _require_finite
+from vdcompress.calibrate import LayerSums, listening, require_finite
 from vdcompress.errors import ModelError
 from vdcompress.families.base import Family
 from vdcompress.shards import Checkpoint
-from vdcompress.statistics import LayerStatistics, MomentSum
+from vdcompress.statistics import LayerStatistics
 
 BATCH_TOKENS = 2048
 
@@ -260,13 +260,12 @@ def calibrate_layers(
     for index in range(len(stack)):
         with stack.layer(index):
             (attention,) = family.attention_modules(stack.model)
-            sums = {name: MomentSum() for name in needs}
-            with _hooked(family, stack.model, [sums], needs):
+            sums = LayerSums(needs)
+            with listening(stack.model, {attention: sums}):
                 for _ in stack.run(hidden):
-                    _require_finite(family, [sums])
-            moments = {name: total.moments() for name, total in sums.items()}
+                    require_finite(family, [sums], index)
             stack.forget_all_but(attention)
-            yield CalibratedLayer(index, attention, LayerStatistics(**moments))
+            yield CalibratedLayer(index, attention, sums.statistics())
 
 
 def stored_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:

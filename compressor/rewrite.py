@@ -1,4 +1,4 @@
-"""Turn a base model into a compressed one: new weights for V, everything else shared."""
+"""Turn a base model into a compressed one: new attention weights, everything else shared."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vdcompress import initializers
+from vdcompress.calibrate import PULLS
 from vdcompress.errors import PlanError
 from vdcompress.events import OnEvent, Progress, ignore
 from vdcompress.families.base import AttentionWeights, Projection
-from vdcompress.initializers.base import ValueProblem, ValueWeights, fold, keep_everything
-from vdcompress.initializers.refit import refit
-from vdcompress.load import Base, moved
-from vdcompress.modeling.layout import LayerLayout
+from vdcompress.latents.keys import KeyProblem, KeyWeights, keep_keys, solve_keys
+from vdcompress.latents.refit import refit
+from vdcompress.latents.values import ValueProblem, ValueWeights, fold, keep_everything
+from vdcompress.load import Base, BaseConfig, moved
 from vdcompress.plan import ModelShape, Plan, Start
-from vdcompress.statistics import Statistics
+from vdcompress.statistics import LayerStatistics, Statistics
+
+NAMES = {
+    "q_weight": "q_proj.weight",
+    "q_bias": "q_proj.bias",
+    "k_weight": "k_proj.weight",
+    "k_bias": "k_proj.bias",
+    "q_expand": "q_expand.weight",
+    "k_compress": "k_compress.weight",
+    "k_shift": "k_compress.bias",
+    "v_weight": "v_compress.weight",
+    "v_bias": "v_compress.bias",
+}
 
 
 def rewrite(
@@ -30,20 +43,18 @@ def rewrite(
     share their memory with the base.
 
     Raises:
-        PlanError: for a plan of another shape, or parts that no initialiser finds yet.
+        PlanError: for a plan of another shape, or parts that nothing runs yet.
     """
-    _require_supported(base, plan)
+    require_supported(base.shape, plan)
     prefixes = tuple(base.family.parameter_prefix(layer) for layer in range(plan.shape.layers))
     state = {
         name: tensor
         for name, tensor in base.model.state_dict().items()
         if not name.startswith(prefixes)
     }
-    attentions = base.family.attention_modules(base.model)
-    for index, (attention, layout) in enumerate(zip(attentions, plan.layers, strict=True)):
+    for index, attention in enumerate(base.family.attention_modules(base.model)):
         weights = base.family.weights(attention)
-        solved = solve_values(weights, layout, plan, statistics, index)
-        state |= _attention_state(prefixes[index], base, weights, solved)
+        state |= layer_state(base, plan, index, weights, statistics.layers[index])
         on_event(Progress("rewrite", index + 1))
     model = base.family.compressed_on_meta(base.config, plan)
     model.load_state_dict(state, strict=True, assign=True)
@@ -53,74 +64,124 @@ def rewrite(
     return model.eval()
 
 
-def needed_statistics(start: Start | Plan, shape: ModelShape | None = None) -> frozenset[str]:  # noqa: ARG001
-    """Return which moments :func:`rewrite` will read, whatever the widths."""
-    start = start.start if isinstance(start, Plan) else start
-    needs = initializers.get(start.initializer).needs
-    return needs if start.refit == "none" else needs | {"outputs"}
+def needed_statistics(
+    start: Start, shape: ModelShape, plan: Plan | None = None
+) -> frozenset[str]:
+    """Return which statistics :func:`rewrite` will read.
+
+    Args:
+        start: how the new weights are found.
+        shape: of the base.
+        plan: what the cache keeps; None asks for what any plan may read.
+    """
+    initializer = initializers.get(start.initializer)
+    needs = initializer.needs
+    if start.refit != "none":
+        needs = needs | {"outputs"}
+    if plan is None or any(not _keeps_keys(shape, plan, index) for index in range(shape.layers)):
+        needs = needs | initializer.key_needs
+        own = plan is None or any(layer.k_groups == shape.kv_heads for layer in plan.layers)
+        if not start.alternate or not own:
+            needs = needs - {PULLS}
+    return needs
 
 
-def solve_values(
-    weights: AttentionWeights, layout: LayerLayout, plan: Plan, statistics: Statistics, layer: int
+def layer_state(
+    base: BaseConfig,
+    plan: Plan,
+    index: int,
+    weights: AttentionWeights,
+    statistics: LayerStatistics,
+) -> dict[str, Tensor]:
+    """Solve one layer and name its attention's new parameters, in the base's dtypes.
+
+    Args:
+        base: its family names the parameters; its dtype is what they are rounded to.
+        plan: what every layer keeps.
+        index: of the layer.
+        weights: the base's projections.
+        statistics: the layer's own.
+    """
+    solved = asdict(solve_keys_of(weights, plan, index, statistics))
+    solved |= asdict(solve_values_of(weights, plan, index, statistics))
+    output = base.family.output_name
+    names = NAMES | {"o_weight": f"{output}.weight", "o_bias": f"{output}.bias"}
+    biased = base.family.compressed_bias(base.config, plan)
+    storage, working = getattr(torch, base.dtype), weights.v.weight.dtype
+    prefix = base.family.parameter_prefix(index)
+    return {
+        prefix + names[field]: tensor.to(storage).to(working).contiguous()
+        for field, tensor in solved.items()
+        if tensor is not None and biased.get(field.removesuffix("_bias"), True)
+    }
+
+
+def solve_values_of(
+    weights: AttentionWeights, plan: Plan, index: int, statistics: LayerStatistics
 ) -> ValueWeights:
     """Solve one layer's V path in float64."""
-    heads, groups = plan.shape.heads, plan.shape.kv_heads
-    o_weight = weights.o.weight.double()
+    part, heads = plan.layers[index].v, plan.shape.heads
     problem = ValueProblem(
-        v_weight=weights.v.weight.double().unflatten(0, (groups, -1)),
-        v_bias=_bias(weights.v).unflatten(0, (groups, -1)),
-        o_weight=o_weight.unflatten(1, (heads, -1)).permute(1, 0, 2),
+        v_weight=weights.v.weight.double().unflatten(0, (part.groups, -1)),
+        v_bias=_bias(weights.v).unflatten(0, (part.groups, -1)),
+        o_weight=weights.o.weight.double().unflatten(1, (heads, -1)).permute(1, 0, 2),
         o_bias=_bias(weights.o),
-        width=layout.v.width,
-        statistics=statistics.layers[layer],
-        generator=torch.Generator().manual_seed(plan.start.seed * 100_003 + layer),
+        width=part.width,
+        statistics=statistics,
+        generator=_generator(plan, index),
     )
-    if layout.v.width == plan.shape.head_dim:
+    if part.width == problem.v_weight.shape[1]:
         return fold(problem, keep_everything(problem))
     latents = initializers.get(plan.start.initializer).solve(problem)
-    if plan.start.refit == "none":
+    if plan.start.refit == "none" or problem.joined > 1:
         return fold(problem, latents)
     return refit(problem, latents, plan.start.alternate)
 
 
-def _attention_state(
-    prefix: str, base: Base, weights: AttentionWeights, solved: ValueWeights
-) -> dict[str, Tensor]:
-    """Name one layer's new parameters, in the base's dtypes."""
-    storage, working = getattr(torch, base.dtype), weights.v.weight.dtype
-    state = {
-        "q_proj.weight": weights.q.weight,
-        "q_proj.bias": weights.q.bias,
-        "k_proj.weight": weights.k.weight,
-        "k_proj.bias": weights.k.bias,
-    }
-    names = {
-        "v_weight": "v_compress.weight",
-        "v_bias": "v_compress.bias",
-        "o_weight": f"{base.family.output_name}.weight",
-        "o_bias": f"{base.family.output_name}.bias",
-    }
-    for field, tensor in asdict(solved).items():
-        state[names[field]] = tensor.to(storage).to(working)
-    return {
-        prefix + name: tensor.contiguous() for name, tensor in state.items() if tensor is not None
-    }
+def solve_keys_of(
+    weights: AttentionWeights, plan: Plan, index: int, statistics: LayerStatistics
+) -> KeyWeights:
+    """Solve one layer's K path in float64."""
+    shape = plan.shape
+    problem = KeyProblem(
+        q_weight=weights.q.weight.double().unflatten(0, (shape.heads, -1)),
+        q_bias=_bias(weights.q).unflatten(0, (shape.heads, -1)),
+        k_weight=weights.k.weight.double().unflatten(0, (shape.kv_heads, -1)),
+        k_bias=_bias(weights.k).unflatten(0, (shape.kv_heads, -1)),
+        rotary_dim=shape.rotary_dim,
+        layout=plan.layers[index],
+        statistics=statistics,
+        generator=_generator(plan, index),
+    )
+    if _keeps_keys(shape, plan, index):
+        return keep_keys(problem)
+    metric = initializers.get(plan.start.initializer).keys(problem)
+    return solve_keys(problem, metric, plan.start.alternate)
 
 
-def _require_supported(base: Base, plan: Plan) -> None:
+def require_supported(shape: ModelShape, plan: Plan) -> None:
+    """Raise :class:`PlanError` unless a plan is of this shape and can be solved."""
     found = []
-    if plan.shape != base.shape:
-        found.append(f"the plan is for {plan.shape}, the model is {base.shape}")
-    full = plan.shape.full_layout()
+    if plan.shape != shape:
+        found.append(f"the plan is for {plan.shape}, the model is {shape}")
     for index, layer in enumerate(plan.layers):
-        if layer.v.groups != plan.shape.kv_heads or layer.v.maps != "folded":
-            found.append(f"layer {index}: no initializer finds V latents shared by heads yet")
-        if (layer.k_nope, layer.k_rotary) != (full.k_nope, full.k_rotary):
-            found.append(f"layer {index}: no initializer compresses K yet")
-        if layer.v.bits != 16:
-            found.append(f"layer {index}: no quantiser packs V yet")
+        if layer.v.maps != "folded":
+            found.append(f"layer {index}: maps of V are folded, nothing solves others")
+        if (layer.k_maps == "per_head") != layer.k_nope.after_rope:
+            found.append(f"layer {index}: maps of K are folded unless they stand behind RoPE")
+        if any(part.bits != 16 for part in layer.parts):
+            found.append(f"layer {index}: no quantiser packs latents yet")
     if found:
-        raise PlanError(found, "use make_plan(shape, v_dim=...)")
+        raise PlanError(found, "use make_plan(shape, v_dim=..., k_dim=...)")
+
+
+def _keeps_keys(shape: ModelShape, plan: Plan, index: int) -> bool:
+    full, layer = shape.full_layout(), plan.layers[index]
+    return (layer.k_nope, layer.k_rotary) == (full.k_nope, full.k_rotary)
+
+
+def _generator(plan: Plan, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(plan.start.seed * 100_003 + index)
 
 
 def _bias(projection: Projection) -> Tensor:

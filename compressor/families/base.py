@@ -42,28 +42,6 @@ class AttentionWeights:
     o: Projection
 
 
-@dataclass(frozen=True)
-class ValueTap:
-    """Where calibration reads V: a module and which of its outputs are V.
-
-    Attributes:
-        module: its output is [b, t, n].
-        heads: G.
-        packed: how many vectors of width d stand side by side for each head (3 for packed q, k, v).
-        slot: which of them is V.
-    """
-
-    module: nn.Module
-    heads: int
-    packed: int = 1
-    slot: int = 0
-
-    def read(self, output: Tensor) -> Tensor:
-        """Return V [b, t, G, d] from the module's output."""
-        vectors: Tensor = output.unflatten(-1, (self.heads, self.packed, -1))
-        return vectors[..., self.slot, :]
-
-
 class Family(ABC):
     """Everything the algorithm must know of a family; one instance per adapter file.
 
@@ -109,10 +87,6 @@ class Family(ABC):
     def weights(self, attention: nn.Module) -> AttentionWeights:
         """Unpack the projections of one attention module (views where possible)."""
 
-    @abstractmethod
-    def value_tap(self, attention: nn.Module) -> ValueTap:
-        """Return where to read V activations."""
-
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the attention module of every layer, in order."""
         layers = model.get_submodule(self.layers_prefix())
@@ -151,7 +125,6 @@ class Family(ABC):
         for name in ("model_type", "architectures", "auto_map", "_name_or_path"):
             data.pop(name, None)
         inv_freq, rope_scale = self.rotary(config)
-        new_bias = {"v": True, "o": True}
         config_class: Any = self.compressed_class().config_class
         compressed: PreTrainedConfig = config_class(
             **data
@@ -162,7 +135,7 @@ class Family(ABC):
                 "softmax_scale": plan.shape.head_dim**-0.5,
                 "base_head_dim": plan.shape.head_dim,
                 "base_kv_heads": plan.shape.kv_heads,
-                "projection_bias": self.projection_bias(config) | new_bias,
+                "projection_bias": self.compressed_bias(config, plan),
                 "head_dim": plan.common(lambda la: la.k_head_dim),
                 "v_head_dim": plan.common(lambda la: la.v_head_dim),
                 "num_key_value_heads": _common_groups(plan),
@@ -170,6 +143,21 @@ class Family(ABC):
         )
         compressed.architectures = [self.compressed_class().__name__]
         return compressed
+
+    def compressed_bias(self, config: PreTrainedConfig, plan: Plan) -> dict[str, bool]:
+        """Say which projections of the compressed model have a bias.
+
+        V and o gain one for the folded means, and so do keys that are folded and centred.
+        """
+        shape = plan.shape
+        full = shape.head_dim - shape.rotary_dim
+        centred = any(
+            0 < layer.k_nope.width < full * shape.kv_heads // layer.k_groups
+            and not layer.k_nope.after_rope
+            for layer in plan.layers
+        )
+        base = self.projection_bias(config)
+        return base | {"k": base["k"] or centred, "v": True, "o": True}
 
     def compressed_on_meta(self, config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
         """Build the compressed model without memory for its parameters."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from vdcompress.families.base import AttentionWeights, Family, Projection, ValueTap
+from vdcompress.families.base import AttentionWeights, Family, Projection
 from vdcompress.plan import ModelShape
 
 SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
@@ -75,12 +75,6 @@ class GPTNeoX(Family):
         )
         dense: Any = attention.dense
         return AttentionWeights(q, k, v, Projection(dense.weight.detach(), _detach(dense.bias)))
-
-    def value_tap(self, attention: nn.Module) -> ValueTap:
-        """Read the third of each head's three vectors."""
-        config: Any = attention.config
-        packed = attention.get_submodule("query_key_value")
-        return ValueTap(packed, config.num_attention_heads, packed=3, slot=2)
 
     def rotary_class(self) -> type[nn.Module]:
         """Return transformers' rotary table."""

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from vdcompress.families.base import AttentionWeights, Family, Projection, ValueTap
+from vdcompress.families.base import AttentionWeights, Family, Projection
 from vdcompress.plan import ModelShape
 
 
@@ -69,11 +69,6 @@ class Llama(Family):
         return AttentionWeights(
             *(_projection(attention.get_submodule(f"{name}_proj")) for name in "qkvo")
         )
-
-    def value_tap(self, attention: nn.Module) -> ValueTap:
-        """Read the output of ``v_proj``."""
-        config: Any = attention.config
-        return ValueTap(attention.get_submodule("v_proj"), config.num_key_value_heads)
 
     def rotary_class(self) -> type[nn.Module]:
         """Return transformers' rotary table."""

@@ -1,4 +1,4 @@
-"""Ways to find the latents of V: one file each.
+"""Ways to find latents: one file each.
 
 A file in this folder that defines ``INITIALIZER`` is an initialiser; nothing else registers it.
 """
@@ -12,7 +12,7 @@ from vdcompress.errors import UsageError, did_you_mean
 from vdcompress.initializers.base import Initializer
 
 __all__ = ["Initializer", "available", "get"]
-NOT_INITIALIZERS = ("base", "refit")
+NOT_INITIALIZERS = ("base",)
 
 
 def available() -> tuple[str, ...]:

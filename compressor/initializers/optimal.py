@@ -1,7 +1,9 @@
-"""The output-covariance optimum: the latents that damage the attention's output least.
+"""The layer's optimum: the latents that damage the attention's output and scores least.
 
 Attention is linear in V, so what a projection of V costs is W_o^h (I - D_h E) o_h with o_h the
-attention's *output*. Its moments, not those of V, decide (DESIGN 3.1).
+attention's *output*. Its moments, not those of V, decide (DESIGN 3.1). Heads that share a latent
+each average it with their own attention; there the tokens' moments stand for all (DESIGN 3.4).
+Keys are weighed by the queries' second moment (DESIGN 3.3).
 """
 
 from __future__ import annotations
@@ -9,78 +11,75 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vdcompress.initializers.base import (
-    Initializer,
+from vdcompress.initializers.base import Initializer
+from vdcompress.latents.keys import KeyMetric, KeyProblem
+from vdcompress.latents.lowrank import best_encoder, block_diagonal, regression_decoder
+from vdcompress.latents.values import (
     Latents,
     ValueProblem,
-    leading_eigenvectors,
+    decoded,
+    group_average,
+    head_outputs,
     per_head,
-    square_roots,
 )
 
 
 def solve(problem: ValueProblem) -> Latents:
-    """Solve every group in closed form.
+    """Solve every latent in closed form."""
+    gram = problem.o_weight.mT @ problem.o_weight
+    if problem.joined == 1:
+        return solve_outputs(problem, gram)
+    of_values = gram.unflatten(0, (-1, problem.sharing // problem.joined)).sum(1)
+    return solve_tokens(problem, block_diagonal(of_values, problem.groups))
+
+
+def solve_outputs(problem: ValueProblem, reading: Tensor) -> Latents:
+    """Solve latents of single key/value heads by the moments of what their heads return.
 
     For heads that share a latent, the group's moments are averages over its heads; each head has
     a decoder of its own.
+
+    Args:
+        problem: the layer's V path.
+        reading: how an error of each head's output is weighed, [H, d, d].
     """
-    heads, _hidden, d = problem.o_weight.shape
-    outputs = problem.outputs()
-    mean = outputs.mean.view(heads, d)
-    covariance = head_blocks(outputs.covariance, heads)
-    center = _group_average(mean, problem.sharing)
-    gram = (problem.o_weight.mT @ problem.o_weight).unflatten(0, (-1, problem.sharing)).sum(1)
-    encoder = best_encoder(gram, _group_average(covariance, problem.sharing), problem.width)
+    heads = head_outputs(problem)
+    center = group_average(heads.mean, problem.sharing)
+    weighed = reading.unflatten(0, (-1, problem.sharing)).sum(1)
+    spread = group_average(heads.covariance, problem.sharing)
+    encoder = best_encoder(weighed, spread, problem.width)
     encoders = per_head(encoder, problem.sharing)
-    decoder = regression_decoder(encoders, covariance)
-    shift = mean - per_head(center, problem.sharing)
-    offset = mean - torch.einsum("hdr,hre,he->hd", decoder, encoders, shift)
+    decoder = regression_decoder(encoders, heads.covariance)
+    shift = heads.mean - per_head(center, problem.sharing)
+    offset = heads.mean - torch.einsum("hdr,hre,he->hd", decoder, encoders, shift)
     return Latents(encoder, decoder, center, offset)
 
 
-def best_encoder(gram: Tensor, covariance: Tensor, width: int) -> Tensor:
-    """Return E [..., r, d]: orthonormal rows that span R_r^T S^(-1/2), W S^(1/2) = U L R^T.
+def solve_tokens(problem: ValueProblem, reading: Tensor) -> Latents:
+    """Solve latents by the moments of the values of single tokens.
 
     Args:
-        gram: W^T W [..., d, d] of the map that reads the latent's reconstruction.
-        covariance: S [..., d, d]; where it is singular the rows are completed to a basis.
-        width: r.
+        problem: the layer's V path.
+        reading: how an error of each latent's stacked values is weighed, [g, n, n].
     """
-    d = gram.shape[-1]
-    if width == d:
-        return torch.eye(d, dtype=gram.dtype, device=gram.device).expand_as(gram)
-    root, inverse = square_roots(covariance)
-    rows = leading_eigenvectors(root @ gram @ root, width) @ inverse
-    completed: Tensor = torch.linalg.svd(rows, full_matrices=True).Vh
-    return completed[..., :width, :]
+    values = problem.values()
+    encoder = best_encoder(reading, values.covariance, problem.width)
+    decoder = regression_decoder(encoder, values.covariance)
+    return decoded(problem, encoder, decoder, values.mean)
 
 
-def regression_decoder(encoder: Tensor, covariance: Tensor) -> Tensor:
-    """Return D = S E^T (E S E^T)^(-1) [..., d, r], the least-squares decoder of E [..., r, d].
-
-    Written as E^T + (I - E^T E) S E^T (E S E^T)^+, which keeps E^T along directions without
-    variance and is exact at full width.
-    """
-    transpose = encoder.mT
-    cross = covariance @ transpose
-    within = torch.linalg.pinv(encoder @ cross, rtol=1e-10, hermitian=True)
-    decoder: Tensor = transpose + (cross - transpose @ (encoder @ cross)) @ within
-    return decoder
-
-
-def head_blocks(covariance: Tensor, heads: int) -> Tensor:
-    """Return the diagonal blocks [H, d, d] of a joint covariance [H d, H d]."""
-    blocks = covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
-    return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def _group_average(x: Tensor, sharing: int) -> Tensor:
-    """[H, ...] -> [G, ...], the mean over each group's query heads."""
-    average: Tensor = x.unflatten(0, (-1, sharing)).mean(1)
-    return average
+def keys(problem: KeyProblem) -> KeyMetric:
+    """Weigh each head's keys by the second moment of the queries that meet them."""
+    queries = problem.statistics.require("queries").second
+    met = queries.unflatten(0, (-1, problem.sharing)).sum(1)
+    return KeyMetric(block_diagonal(met, problem.groups), problem.keys())
 
 
 INITIALIZER = Initializer(
-    solve, needs=frozenset({"outputs"}), default_refit="local", default_alternate=2
+    solve,
+    needs=frozenset({"values", "outputs"}),
+    keys=keys,
+    key_needs=frozenset({"keys", "queries"}),
+    default_refit="local",
+    default_alternate=2,
 )

@@ -1,4 +1,8 @@
-"""Repair after an initialiser: joint refit of the output projection, and alternation (DESIGN 3.2).
+"""Repair from moments: joint refit of the output projection, and alternation (DESIGN 3.2).
+
+It needs the joint moments of what the latents are averaged to, which calibration has where every
+key/value head keeps a latent of its own and K is as it was; everything else is repaired by
+:mod:`vdcompress.repair`, which runs the compressed attention.
 
 All heads' latents z = E (o - center) together predict the base layer's output y = W_o o + b_o on
 the same input, so the best W_o' and b_o' are a linear regression whose moments follow from those
@@ -12,14 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vdcompress.initializers.base import (
+from vdcompress.latents.lowrank import best_encoder, diagonal_blocks, regression_decoder
+from vdcompress.latents.values import (
     Latents,
     ValueProblem,
     ValueWeights,
     encode,
     per_head,
 )
-from vdcompress.initializers.optimal import best_encoder, head_blocks, regression_decoder
 
 RIDGE = 1e-6
 
@@ -87,7 +91,7 @@ def _alternate(problem: ValueProblem, start: Reading) -> tuple[Tensor, Tensor]:
     """
     covariance = problem.outputs().covariance
     heads, _hidden, d = problem.o_weight.shape
-    within = head_blocks(covariance, heads)
+    within = diagonal_blocks(covariance, heads)
     encoder = start.encoder.clone()
     reads = start.o_weight.unflatten(1, (heads, -1)).permute(1, 0, 2).clone()
     columns = covariance.unflatten(1, (heads, d)).permute(1, 0, 2)

@@ -1,0 +1,1 @@
+"""From moments to weights: low-rank optima, and how they fold into projections."""

@@ -15,6 +15,7 @@ from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
 from vdcompress.errors import UsageError, did_you_mean
+from vdcompress.report import Table
 from vdcompress.request import ALLOCATIONS, TARGETS
 
 T = TypeVar("T")
@@ -140,10 +141,11 @@ def show(out: Output, found: dict[str, Any]) -> None:
     from vdcompress.pipeline.sweep import require_rows
     from vdcompress.sweep_report import LEGEND, sweep_table, unmeasured_table
 
-    tables = (sweep_table(found), LEGEND, unmeasured_table(found))
+    rest = unmeasured_table(found)
     place = f"written to {found['run']}: sweep.json and rows/"
     place += f", plotted in {found['plot']}" if found["plot"] else ""
-    out.result(found, *filter(None, tables), place)
+    tables: list[Table | str] = [sweep_table(found), f"{LEGEND}\n"]
+    out.result(found, *tables, *([rest] if rest else []), place)
     require_rows(found)
 
 

@@ -13,6 +13,7 @@ from vdcompress.cli.show import show_plan, show_run
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
+from vdcompress.cli.values import size as read_size
 
 
 def register(app: typer.Typer) -> None:
@@ -100,6 +101,7 @@ def apply(
     positions: o.Positions = None,
     seed: o.Seed = None,
     device: o.Device = "cpu",
+    max_memory: o.MaxMemory = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=o.OUTPUT, help="Only plan, write nothing."),
@@ -151,11 +153,16 @@ def apply(
         model_of(merged)
         from vdcompress.pipeline.apply import apply_recipe, preview
 
-        where = resolve_device(device)
+        where, most = resolve_device(device), read_size(max_memory)
         if dry_run:
             show_plan(out, preview(merged, device=where, on_event=out.display))
             return
         results = apply_recipe(
-            merged, output=output, force=force, device=where, on_event=out.display
+            merged,
+            output=output,
+            force=force,
+            device=where,
+            max_memory=most,
+            on_event=out.display,
         )
         show_run(out, results, f"next: vdcompress finetune {results['run']}")

@@ -65,6 +65,13 @@ Device = Annotated[
     str,
     typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Such as 16GB: a model whose float32 weights take more is worked on layer by layer.",
+    ),
+]
 
 DataText = Annotated[
     str | None,

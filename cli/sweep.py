@@ -15,10 +15,11 @@ from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
 from vdcompress.errors import UsageError, did_you_mean
+from vdcompress.report import Table
+from vdcompress.request import ALLOCATIONS, TARGETS
 
 T = TypeVar("T")
 LISTS = "What, as lists: 320,256"
-ALLOCATIONS = ("uniform", "layers")
 
 
 def register(app: typer.Typer) -> None:
@@ -47,6 +48,15 @@ def sweep(
         str | None, listed("Fractions of the base's bytes, beside the widths.")
     ] = None,
     allocation: Annotated[str | None, listed("uniform, layers.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="LIST",
+            rich_help_panel=LISTS,
+            help="transformers, vllm: what it is for.",
+        ),
+    ] = None,
     initializer: Annotated[str | None, listed("optimal, pca, svd, random.")] = None,
     refit: Annotated[str | None, listed("none, local, ...")] = None,
     revision: Annotated[
@@ -103,6 +113,7 @@ def sweep(
             "k_groups": values("--k-groups", k_groups, whole),
             "kv_budget": values("--kv-budget", kv_budget, share),
             "allocation": values("--allocation", allocation, one_of(ALLOCATIONS)),
+            "target": values("--for", target, one_of(TARGETS)),
             "initializer": values("--initializer", initializer, str),
             "refit": values("--refit", refit, one_of([choice.value for choice in o.Refit])),
         }
@@ -128,12 +139,13 @@ def show(out: Output, found: dict[str, Any]) -> None:
         ModelError: no plan could be measured.
     """
     from vdcompress.pipeline.sweep import require_rows
-    from vdcompress.sweep_report import sweep_table, unmeasured_table
+    from vdcompress.sweep_report import LEGEND, sweep_table, unmeasured_table
 
-    tables = (sweep_table(found), unmeasured_table(found))
+    rest = unmeasured_table(found)
     place = f"written to {found['run']}: sweep.json and rows/"
     place += f", plotted in {found['plot']}" if found["plot"] else ""
-    out.result(found, *filter(None, tables), place)
+    tables: list[Table | str] = [sweep_table(found), f"{LEGEND}\n"]
+    out.result(found, *tables, *([rest] if rest else []), place)
     require_rows(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from vdcompress.errors import UsageError
@@ -38,6 +39,21 @@ def positions(text: str | None) -> tuple[int, ...] | None:
             "like: --positions 0,16,32,64,96,128",
         )
     return found
+
+
+def size(text: str | None) -> int | None:
+    """Read ``16GB``, ``500MB``, ``2GiB`` or a number of bytes; None stays None.
+
+    Raises:
+        UsageError: not a size above zero.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise UsageError(f"--max-memory {text!r} is not a size", "like: --max-memory 16GB")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def device(text: str) -> str:

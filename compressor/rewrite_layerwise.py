@@ -65,7 +65,7 @@ def write_compressed(
         ShardWriter(folder, left, storage, max_shard_size) as writer,
     ):
         stack.embed(windows, hidden)
-        needs = needed_statistics(plan)
+        needs = needed_statistics(plan.start, plan.shape)
         for layer in calibrate_layers(stack, base.family, hidden, needs):
             for name, tensor in _rewritten(base, plan, layer, windows.numel()).items():
                 writer.write(name, tensor)

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny_settings
+from conftest import Vdcompress, tiny_settings
 from vdcompress import artifact, runs
 from vdcompress.artifact import load_artifact
+from vdcompress.cli import values
 from vdcompress.errors import ArtifactError, ModelError, RunError
 from vdcompress.events import Event, Progress, StageStarted, Warned
 from vdcompress.load import load_config
 from vdcompress.pipeline import streaming
 from vdcompress.pipeline.apply import apply_recipe
-from vdcompress.pipeline.streaming import apply_streaming, exceeds
+from vdcompress.pipeline.streaming import apply_streaming
 from vdcompress.recipe import Recipe
 
 SPILLS, LARGE = 10_000, 10**9
@@ -60,7 +61,7 @@ def test_it_writes_and_measures_what_apply_does(
 
 def same_results(streamed: dict[str, Any], whole: dict[str, Any]) -> None:
     assert streamed.keys() == whole.keys()
-    for name in ("schema", "command", "model", "plan", "parameters"):
+    for name in ("schema", "command", "model", "plan", "parameters", "cost"):
         assert streamed[name] == whole[name]
     assert streamed["kv_cache"] == whole["kv_cache"] | {"measured": None}
     for name, value in whole["perplexity"].items():
@@ -98,12 +99,47 @@ def test_progress_and_warnings(recipe: Recipe, tmp_path: Path) -> None:
     assert any("one layer" in event.message for event in heard if isinstance(event, Warned))
 
 
-def test_what_exceeds_memory(tiny_llama: Path) -> None:
-    config = load_config(tiny_llama)
+def test_max_memory_decides_which_way(
+    vdcompress: Vdcompress, recipe: Recipe, tiny_llama: Path, text_file: Path
+) -> None:
+    config = load_config(str(recipe.model))
     model = config.family.base_on_meta(config.config)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert exceeds(config, size - 1)
-    assert not exceeds(config, size)
+    common = ("--v-dim", 32 - 16 * (config.shape.kv_heads == 2), "--data", text_file)
+    common = ("apply", recipe.model, *common, "--samples", 8, "--seq-len", 64, "--windows", 1)
+    whole = vdcompress(*common, "--max-memory", f"{size / 1000}kB", "--json").json
+    streamed = vdcompress(*common, "--max-memory", f"{size - 1}", "--json").json
+    assert "calibrate" in whole["seconds"]
+    assert "compress" not in whole["seconds"]
+    assert "compress" in streamed["seconds"]
+    same_results(streamed, whole)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "0", "-3GB", "2 XB", "two", "1e3"])
+def test_sizes_that_are_none(vdcompress: Vdcompress, tiny_neox: Path, text: str) -> None:
+    ended = vdcompress("apply", tiny_neox, "--v-dim", 32, f"--max-memory={text}")
+    assert ended.code == 2
+    assert "is not a size" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GB", 2 * 10**9), ("1.5 MiB", 3 * 2**19), ("7", 7), ("3k", 3000), ("1TB", 10**12)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert values.size(text) == expected
+    assert values.size(None) is None
+
+
+@pytest.mark.parametrize("asked", [{"kv_budget": 0.5}, {"v_dim": 32, "allocation": "layers"}])
+def test_plans_that_need_gains_are_refused(
+    vdcompress: Vdcompress, tiny_neox: Path, asked: dict[str, Any]
+) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
+    ended = vdcompress("apply", tiny_neox, *flags, "--max-memory", "1kB")
+    assert ended.code == 2
+    assert "needs the gains of the whole model" in ended.err
+    assert not Path("runs").exists()
 
 
 STOPS = [

@@ -500,6 +500,41 @@ def test_combinations_are_the_product() -> None:
         variants(Recipe(), {"depth": (1,)})
 
 
+def test_budgets_stand_beside_widths() -> None:
+    lists = {"v_dim": (8,), "k_dim": (8, 4), "kv_budget": (0.5,), "groups": (2, 1)}
+    found = variants(Recipe(), lists)
+    assert [label(recipe) for recipe in found] == [
+        "v8-k8-g2-optimal",
+        "v8-k8-g1-optimal",
+        "v8-k4-g2-optimal",
+        "v8-k4-g1-optimal",
+        "kv0.5-g2-optimal",
+        "kv0.5-g1-optimal",
+    ]
+    narrow = Recipe().merged({"plan.v_dim": 8, "plan.v_groups": 2})
+    [only] = variants(narrow, {"kv_budget": (0.5,)})
+    assert (only.plan.v_dim, only.plan.v_groups, only.plan.kv_budget) == (None, 2, 0.5)
+    [only] = variants(Recipe().merged({"plan.kv_budget": 0.5}), {"k_dim": (8,)})
+    assert (only.plan.k_dim, only.plan.kv_budget) == (8, None)
+
+
+def test_names_tell_plans_apart() -> None:
+    lists = {
+        "v_dim": (8,),
+        "k_dim": (4,),
+        "k_rotary_dim": (0, 2),
+        "v_groups": (1, 2),
+        "k_groups": (1, 2),
+        "allocation": ("uniform", "layers"),
+        "target": ("transformers", "vllm"),
+        "initializer": ("pca", "svd"),
+        "refit": ("none", "local"),
+    }
+    found = variants(Recipe(), lists)
+    assert len(found) == len({label(recipe) for recipe in found}) == 2**7
+    assert label(found[0]) == "v8-k4-r0-vg1-kg1-uniform-pca-none"
+
+
 def test_the_frontier_is_what_nothing_beats() -> None:
     points = {
         "base": (8.0, 1.0),

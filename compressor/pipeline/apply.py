@@ -29,6 +29,7 @@ from vdcompress.pipeline.settings import (
     settle,
     start_of,
 )
+from vdcompress.pipeline.streaming import apply_streaming, exceeds
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.report import model_card
@@ -127,6 +128,7 @@ def apply_recipe(
     output: Path | None = None,
     force: bool = False,
     device: str = "cpu",
+    max_memory: int | None = None,
     root: Path = runs.ROOT,
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
@@ -137,6 +139,8 @@ def apply_recipe(
         output: the folder to write; None takes a new one under ``root``.
         force: replace what is in ``output``.
         device: where to calculate.
+        max_memory: bytes; a base whose float32 weights take more is never held whole, but read,
+            rewritten and measured layer by layer, as ``pipeline/streaming.py`` says.
         root: the folder of all runs.
         on_event: hears what happens.
 
@@ -149,6 +153,16 @@ def apply_recipe(
     """
     if output is not None:
         require_free(output, force=force)
+    if max_memory is not None and exceeds(recipe, max_memory):
+        return apply_streaming(
+            recipe,
+            max_memory=max_memory,
+            output=output,
+            force=force,
+            device=device,
+            root=root,
+            on_event=on_event,
+        )
     timed = Timed(on_event)
     start_memory = peak_memory()
     opened = open_base(recipe, device, timed)

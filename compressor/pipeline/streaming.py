@@ -15,12 +15,13 @@ from vdcompress.artifact import (
     write_companions,
     write_config,
 )
+from vdcompress.errors import UsageError
 from vdcompress.evaluate_layerwise import evaluate_stacks
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.load import BaseConfig, fetch, load_config, read_tokenizer
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import Timed, document, environment, judged, peak_memory
-from vdcompress.pipeline.settings import plan_of, settle
+from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.report import model_card
@@ -36,8 +37,9 @@ STATES_SHARE = 4
 LAYER_COPIES = 2
 
 
-def exceeds(base: BaseConfig, max_memory: int) -> bool:
-    """Say whether a base's weights in float32 take more than ``max_memory`` bytes."""
+def exceeds(recipe: Recipe, max_memory: int) -> bool:
+    """Say whether the float32 weights of a recipe's base take more than ``max_memory`` bytes."""
+    base = load_config(model_of(recipe), revision=recipe.revision)
     return FLOAT32_BYTES * _numbers(base.family.base_on_meta(base.config)) > max_memory
 
 
@@ -75,7 +77,7 @@ def apply_streaming(
     timed = Timed(on_event)
     start_memory = peak_memory()
     job = _open(recipe, max_memory, device, timed)
-    folder = output or runs.new_run(model_of(recipe), f"v{recipe.plan.v_dim}", root)
+    folder = output or runs.new_run(model_of(recipe), request_of(recipe).label(), root)
     with new_folder(folder, force=force) as partial:
         states_in = partial if job.spills(max_memory) else None
         with Stopwatch(timed).stage("compress", job.plan.shape.layers):
@@ -128,6 +130,11 @@ def _open(recipe: Recipe, max_memory: int, device: str, on_event: OnEvent) -> _J
     """Settle recipe and plan, find the files and read the texts."""
     config = load_config(model_of(recipe), revision=recipe.revision)
     settled = settle(recipe, config.config, on_event)
+    if checked_request(settled, config.shape).needs_gains(config.shape):
+        raise UsageError(
+            "this plan needs the gains of the whole model, which --max-memory keeps out of memory",
+            "name widths that need none (--v-dim, --k-dim, --k-rotary-dim), or allow more memory",
+        )
     plan = plan_of(settled, config.shape, on_event)
     needed = LAYER_COPIES * FLOAT32_BYTES * _layer_numbers(config)
     if needed > max_memory:

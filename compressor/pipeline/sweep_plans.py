@@ -18,6 +18,7 @@ AXES = {
     "v_groups": "plan.v_groups",
     "k_groups": "plan.k_groups",
     "allocation": "plan.allocation",
+    "target": "plan.target",
     "initializer": "start.initializer",
     "refit": "start.refit",
 }

@@ -19,13 +19,15 @@ from vdcompress.events import (
     StageStarted,
     Warned,
 )
+from vdcompress.gains import LayerGains, gains
 from vdcompress.load import Base
-from vdcompress.pipeline.document import SCHEMA, parameters
+from vdcompress.pipeline.document import SCHEMA, cost, parameters
 from vdcompress.pipeline.measure import Measured, measure
-from vdcompress.pipeline.settings import plan_of, settle
+from vdcompress.pipeline.planning import Planned, group_counts, predicted
+from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle, start_of
 from vdcompress.pipeline.sweep_plans import label
 from vdcompress.pipeline.text import Windows, evaluation_data
-from vdcompress.plan import ModelShape
+from vdcompress.plan import ModelShape, Start
 from vdcompress.quantized_reference import INT4, INT8, QuantizedCache, evaluate_quantized
 from vdcompress.recipe import Recipe
 from vdcompress.rewrite import needed_statistics, rewrite
@@ -38,7 +40,16 @@ if TYPE_CHECKING:
 
 DONE, FAILED, IMPOSSIBLE = "done", "failed", "impossible"
 PLAN, REFERENCE = "plan", "reference"
-EMPTY = dict.fromkeys(("reason", "plan", "parameters", "kv_cache", "perplexity", "positions"))
+FIGURES = (
+    "plan",
+    "predicted_loss",
+    "parameters",
+    "cost",
+    "kv_cache",
+    "perplexity",
+    "positions",
+)
+SHOWN = 2
 Json = dict[str, Any]
 
 
@@ -52,6 +63,7 @@ class Work:
         windows: tokens that calibrate, with their digest.
         tokens: that measure, [n].
         statistics: of all that any row reads.
+        gains: found so far, by start and numbers of latents.
     """
 
     base: Base
@@ -59,6 +71,22 @@ class Work:
     windows: Windows
     tokens: Tensor
     statistics: Statistics
+    gains: dict[tuple[Start, tuple[int, ...]], tuple[LayerGains, ...]] = field(default_factory=dict)
+
+    def planned(self, recipe: Recipe, on_event: OnEvent) -> Planned:
+        """Plan a settled recipe; gains are measured once for all plans that read the same.
+
+        Raises:
+            PlanError: what it asks for does not fit the model.
+        """
+        shape, request, start = self.base.shape, request_of(recipe), start_of(recipe)
+        if not request.needs_gains(shape):
+            return Planned(plan_of(recipe, shape, on_event))
+        key = (start, group_counts(request, shape))
+        if key not in self.gains:
+            self.gains[key] = gains(self.base, self.statistics, *key)
+        plan = plan_of(recipe, shape, on_event, self.gains[key])
+        return Planned(plan, predicted(plan, self.gains[key]))
 
 
 @dataclass(frozen=True)
@@ -114,9 +142,10 @@ class Variant:
         """Settle a recipe and see whether it can be planned."""
         name, settled, problem = label(recipe), settle(recipe, config.config), ""
         try:
-            plan_of(settled, config.shape)
+            if not checked_request(settled, config.shape).needs_gains(config.shape):
+                plan_of(settled, config.shape)
         except PlanError as error:
-            problem = error.message
+            problem = _first(error)
         return cls(settled, name, problem)
 
     @property
@@ -130,16 +159,17 @@ class Variant:
 
     def needs(self, shape: ModelShape) -> frozenset[str]:
         """Return which moments it reads."""
-        return needed_statistics(plan_of(self.recipe, shape))
+        return needed_statistics(start_of(self.recipe), shape)
 
     def figures(self, work: Work, on_event: OnEvent) -> Json:
         """Plan, rewrite and measure it."""
-        base = work.base
-        plan = plan_of(self.recipe, base.shape, on_event)
+        base, planned = work.base, work.planned(self.recipe, on_event)
+        plan = planned.plan
         model = rewrite(base, plan, work.statistics, on_event=on_event)
         compressed = Compressed.of(base, plan, model, calibration=work.windows.digest)
         measured: Measured = measure(compressed, base, work.tokens, work.recipe, on_event)
-        described = {"plan": plan.to_json(), "parameters": parameters(base, plan)}
+        described = {"plan": plan.to_json(), "predicted_loss": planned.predicted}
+        described |= {"parameters": parameters(base, plan), "cost": cost(plan)}
         return described | measured.fields(plan, work.recipe)
 
 
@@ -190,7 +220,7 @@ def measured(row: Row, work: Work, listener: Listener) -> Json:
     try:
         found |= row.figures(work, listener)
     except PlanError as error:
-        found = blank(row, IMPOSSIBLE, error.message)
+        found = blank(row, IMPOSSIBLE, _first(error))
     except Exception as error:  # the next row may do better
         found = blank(row, FAILED, _reason(error))
     seconds = round(time.perf_counter() - started, 3)
@@ -201,7 +231,11 @@ def blank(row: Row, state: str, reason: str | None = None) -> Json:
     """Return a row's document without figures."""
     kind = REFERENCE if isinstance(row, Reference) else PLAN
     head = {"schema": SCHEMA, "row": row.name, "kind": kind, "state": state}
-    return head | EMPTY | {"settings": row.settings, "reason": reason, "warnings": [], "seconds": 0}
+    return (
+        head
+        | dict.fromkeys(FIGURES)
+        | {"settings": row.settings, "reason": reason, "warnings": [], "seconds": 0}
+    )
 
 
 def ended(found: Json) -> RowEnded:
@@ -226,6 +260,12 @@ def all_needs(rows: Iterable[Row], shape: ModelShape) -> frozenset[str]:
     """Return which moments any of these rows reads."""
     tried = (row for row in rows if isinstance(row, Variant) and not row.problem)
     return frozenset().union(*(row.needs(shape) for row in tried))
+
+
+def _first(error: PlanError) -> str:
+    """Return the first reasons; a plan of many layers may have one for each."""
+    shown, more = error.problems[:SHOWN], len(error.problems) - SHOWN
+    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
 
 
 def _reason(error: Exception) -> str:

@@ -27,7 +27,7 @@ PULLS = "query_pulls"
 EVERYTHING = ACTIVATIONS | GRADIENTS | {PULLS}
 JOINT = frozenset({"values", "keys", "outputs", "value_gradients", "key_gradients"})
 TOKENS_PER_DIMENSION = 4
-SAMPLED_TOKENS = 16_384
+SAMPLE_BYTES = 2**31
 CHUNK = 256
 
 
@@ -57,7 +57,9 @@ def calibrate(
         ModelError: for a NaN or an infinity, with the name of the layer.
     """
     require_enough_tokens(base.shape, windows.numel(), needs)
-    every = max(1, windows.numel() // SAMPLED_TOKENS)
+    shape = base.shape
+    token_bytes = 2 * 2 * shape.layers * shape.heads * shape.head_dim
+    every = -(-windows.numel() * token_bytes // SAMPLE_BYTES)
     sums = [LayerSums(needs, every) for _ in range(base.shape.layers)]
     attentions = base.family.attention_modules(base.model)
     backward = bool(needs & (GRADIENTS | {PULLS}))
@@ -137,10 +139,11 @@ class LayerSums:
         tensor.register_hook(lambda gradient: self._add(name, gradient, heads))
 
     def _sample(self, query: Tensor) -> None:
-        """Keep some tokens' queries and what the loss pulls them by."""
+        """Keep some tokens' queries and what the loss pulls them by, in 16 bits."""
 
         def some(tensor: Tensor) -> Tensor:
-            return tensor.detach().transpose(0, 1).flatten(1, 2)[:, :: self.every].clone()
+            tokens = tensor.detach().transpose(0, 1).flatten(1, 2)[:, :: self.every]
+            return tokens.to(torch.bfloat16)
 
         self._queries.append(some(query))
         query.register_hook(lambda gradient: self._pulls.append(some(gradient)))

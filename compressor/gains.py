@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vdcompress.errors import UsageError
+from torch import Tensor
+
+from vdcompress.latents import lowrank, rotary
+from vdcompress.latents.keys import KeyMetric, part_of
+from vdcompress.latents.lowrank import block_diagonal
 
 if TYPE_CHECKING:
     from vdcompress.load import Base
-    from vdcompress.plan import Start
-    from vdcompress.statistics import Statistics
+    from vdcompress.plan import ModelShape
+    from vdcompress.statistics import LayerStatistics, Statistics
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,80 @@ class LayerGains:
 
 
 def gains(
-    base: Base,  # noqa: ARG001
-    statistics: Statistics,  # noqa: ARG001
-    start: Start,  # noqa: ARG001
-    groups: Sequence[int] | None = None,  # noqa: ARG001
+    shape: ModelShape, statistics: Statistics, groups: Sequence[int] | None = None
 ) -> tuple[LayerGains, ...]:
     """Return what each layer's latents leave out at every width.
 
+    An error e of a key or a value costs ``E[(g^T e)^2] / 2`` nats per token, g the gradient of the
+    loss there: the divergence of the model's predictions to second order, with keys, values and
+    gradients taken as independent (Kronecker-factored Fisher information).
+
     Args:
-        base: the loaded model.
-        statistics: of all sides.
-        start: how the new weights are found.
+        shape: of the model.
+        statistics: keys, values and the gradients by both.
         groups: numbers of latents to look at; None is every divisor of the key/value heads.
 
     Raises:
-        UsageError: the statistics lack a side.
+        UsageError: the statistics lack one of them.
     """
-    raise UsageError("gains are not measured yet")
+    counts = groups or tuple(n for n in range(1, shape.kv_heads + 1) if shape.kv_heads % n == 0)
+    return tuple(_layer_gains(shape, layer, counts) for layer in statistics.layers)
+
+
+def output_shares(
+    base: Base, statistics: Statistics, groups: Sequence[int]
+) -> tuple[dict[int, tuple[float, ...]], ...]:
+    """Return for each layer what share of its output latents of V leave out, without gradients.
+
+    Args:
+        base: its output projections weigh errors.
+        statistics: values.
+        groups: numbers of latents to look at.
+
+    Returns:
+        For each layer ``shares[g][r]``, 1 at r = 0 and 0 at full width.
+    """
+    found = []
+    attentions = base.family.attention_modules(base.model)
+    for attention, layer in zip(attentions, statistics.layers, strict=True):
+        weight = base.family.weights(attention).o.weight.double()
+        heads = weight.unflatten(1, (base.shape.heads, -1)).permute(1, 0, 2)
+        gram = (heads.mT @ heads).unflatten(0, (base.shape.kv_heads, -1)).sum(1)
+        values = layer.require("values")
+        shares = {}
+        for count in groups:
+            left = _left_out(block_diagonal(gram, count), values.blocks(count).covariance)
+            shares[count] = tuple(loss / left[0] if left[0] else 0.0 for loss in left)
+        found.append(shares)
+    return tuple(found)
+
+
+def _layer_gains(
+    shape: ModelShape, statistics: LayerStatistics, groups: Sequence[int]
+) -> LayerGains:
+    values, keys = statistics.require("values"), statistics.require("keys")
+    by_value = statistics.require("value_gradients")
+    by_key = statistics.require("key_gradients")
+    partial = shape.rotary_dim < shape.head_dim
+    v, k_nope, k_rotary = {}, {}, {}
+    for count in groups:
+        joined = shape.kv_heads // count
+        v[count] = _left_out(by_value.blocks(count).second, values.blocks(count).covariance, 0.5)
+        metric = KeyMetric(by_key.blocks(count).second, keys.blocks(count))
+        still = slice(shape.rotary_dim if partial else 0, None)
+        k_nope[count] = _left_out(*part_of(metric, joined, still), 0.5)
+        if partial:
+            saved = rotary.gains(metric, shape.rotary_dim, joined).sum(0) / 2
+            k_rotary[count] = tuple(_tails(row) for row in saved)
+    return LayerGains(v, k_nope, k_rotary)
+
+
+def _left_out(reading: Tensor, spread: Tensor, unit: float = 1.0) -> tuple[float, ...]:
+    """Sum what all latents [g, n, n] lose at each width, r = 0..n."""
+    return _tails(lowrank.gains(reading, spread).sum(0) * unit)
+
+
+def _tails(saved: Tensor) -> tuple[float, ...]:
+    """[n] -> the sums from each place on, n + 1 of them."""
+    tails = saved.flip(0).cumsum(0).flip(0)
+    return (*tails.tolist(), 0.0)

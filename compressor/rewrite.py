@@ -81,8 +81,8 @@ def needed_statistics(
     if plan is None or any(not _keeps_keys(shape, plan, index) for index in range(shape.layers)):
         needs = needs | initializer.key_needs
         own = plan is None or any(layer.k_groups == shape.kv_heads for layer in plan.layers)
-        if not start.alternate or not own:
-            needs = needs - {PULLS}
+        if start.alternate and own:
+            needs = needs | {PULLS}
     return needs
 
 

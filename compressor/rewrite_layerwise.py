@@ -18,7 +18,7 @@ from vdcompress.layerwise import (
 )
 from vdcompress.load import BaseConfig
 from vdcompress.plan import Plan
-from vdcompress.rewrite import _attention_state, needed_statistics, solve_values
+from vdcompress.rewrite import layer_state, needed_statistics, require_supported
 from vdcompress.shards import Checkpoint, ShardWriter
 from vdcompress.statistics import LayerStatistics, Statistics
 
@@ -53,8 +53,7 @@ def write_compressed(
         PlanError: for a plan of another shape.
         ModelError: weights are missing, damaged or overflow.
     """
-    if plan.shape != base.shape:
-        raise PlanError([f"the plan is for {plan.shape}, the model is {base.shape}"])
+    require_supported(base.shape, plan)
     stack = base_stack(base, device)
     compressed = base.family.compressed_on_meta(base.config, plan)
     state = compressed.state_dict()
@@ -67,7 +66,7 @@ def write_compressed(
         stack.embed(windows, hidden)
         needs = needed_statistics(plan.start, plan.shape)
         for layer in calibrate_layers(stack, base.family, hidden, needs):
-            for name, tensor in _rewritten(base, plan, layer, windows.numel()).items():
+            for name, tensor in _rewritten(base, plan, layer).items():
                 writer.write(name, tensor)
                 left.pop(name)
             on_event(Progress("compress", layer.index + 1))
@@ -90,12 +89,8 @@ def compressed_stack(base: BaseConfig, plan: Plan, folder: Path, device: str = "
 
 
 def _rewritten(
-    base: BaseConfig, plan: Plan, layer: CalibratedLayer, tokens: int
+    base: BaseConfig, plan: Plan, layer: CalibratedLayer
 ) -> dict[str, Tensor]:
     """Return the new tensors of one layer's attention, by their names in the compressed model."""
     weights = base.family.weights(layer.attention)
-    nothing = (LayerStatistics(),) * layer.index
-    statistics = Statistics((*nothing, layer.statistics), tokens)
-    solved = solve_values(weights, plan.layers[layer.index], plan, statistics, layer.index)
-    prefix = base.family.parameter_prefix(layer.index)
-    return _attention_state(prefix, base, weights, solved)  # type: ignore[arg-type]
+    return layer_state(base, plan, layer.index, weights, layer.statistics)

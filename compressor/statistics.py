@@ -45,6 +45,8 @@ class QuerySample:
         queries: [H, tokens, d], as attention sees them.
         pulls: gradient of the loss by the queries, [H, tokens, d]: keys averaged by how much the
             loss moves with each score.
+
+    Both are bfloat16: there are many of them.
     """
 
     queries: Tensor

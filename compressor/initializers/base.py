@@ -26,7 +26,7 @@ class Initializer:
         solve: maps a problem to latents of V; at full width they restore every value exactly.
         needs: which moments it reads for V.
         keys: the metric by which latents of K are found.
-        key_needs: which moments it reads for K; ``query_pulls`` are used where they are there.
+        key_needs: which moments it reads for K.
         default_refit: ``none`` or ``local`` when the user names neither.
         default_alternate: rounds of alternation when the user names no number.
     """

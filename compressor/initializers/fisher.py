@@ -34,7 +34,7 @@ INITIALIZER = Initializer(
     solve,
     needs=frozenset({"values", "outputs", "value_gradients", "output_gradients"}),
     keys=keys,
-    key_needs=frozenset({"keys", "key_gradients", "query_pulls"}),
+    key_needs=frozenset({"keys", "key_gradients"}),
     default_refit="local",
-    default_alternate=2,
+    default_alternate=4,
 )

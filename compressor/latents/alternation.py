@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vdcompress.statistics import QuerySample
 
-RIDGE = 1e-3
-STEPS = 40
+RIDGE = 1e-2
+STEPS = 15
 TOLERANCE = 1e-5
 
 
@@ -35,8 +35,9 @@ def alternate(
         E [G, r, n] with orthonormal rows and D_h [H, n, r]: those with the smallest error on the
         sample, which may be the first.
     """
-    queries, pulls = sample.queries.double(), sample.pulls.double()
-    sharing = len(queries) // len(encoder)
+    queries, pulls = sample.queries.float(), sample.pulls.float()
+    exact, sharing = encoder.dtype, len(queries) // len(encoder)
+    encoder, decoder = encoder.float(), decoder.float()
     wanted = (queries * pulls).sum(-1)
     best = encoder, decoder
     least = _error(queries, pulls, wanted, encoder, decoder)
@@ -47,14 +48,14 @@ def alternate(
         encoder = _regress(pulls, latent, wanted, encoder.mT, sharing).mT
         error = _error(queries, pulls, wanted, encoder, decoder)
         least, best = min((least, best), (error, (encoder, decoder)), key=lambda found: found[0])
-    return _orthonormal(*best)
+    return _orthonormal(*(found.to(exact) for found in best))
 
 
 def _error(q: Tensor, m: Tensor, wanted: Tensor, encoder: Tensor, decoder: Tensor) -> float:
-    """Sum over heads and tokens of (m^T (I - E^T D^T) q)^2."""
+    """Sum over heads and tokens of (m^T (I - E^T D^T) q)^2, in float64."""
     rows = encoder.repeat_interleave(len(q) // len(encoder), dim=0)
     found = ((m @ rows.mT) * (q @ decoder)).sum(-1)
-    return float((wanted - found).square().sum())
+    return float((wanted - found).double().square().sum())
 
 
 def _regress(x: Tensor, z: Tensor, wanted: Tensor, prior: Tensor, sharing: int) -> Tensor:

@@ -71,16 +71,28 @@ def _weights(problem: ValueProblem, latents: Latents, o_weight: Tensor) -> Value
 
 
 def _regress(problem: ValueProblem, encoder: Tensor, prior: Tensor) -> Reading:
-    """W_o' = (Cov[y, z] + ridge W_o D) (Cov[z] + ridge I)^(-1)."""
+    """Read encoders [g, r, d] by the regression of y on all latents."""
     covariance, w_o = problem.outputs().covariance, _joint_output(problem)
     joint = _joint(encoder, problem.sharing)
     cross = covariance @ joint.mT
     within = joint @ cross
-    ridge = RIDGE * within.diagonal().mean()
-    within = within + ridge * torch.eye(len(within), dtype=within.dtype, device=within.device)
-    o_weight = torch.linalg.solve(within, (w_o @ cross + ridge * prior).mT).mT
+    o_weight = regress(within, w_o @ cross, prior)
     left = w_o - o_weight @ joint
     return Reading(encoder, o_weight, float(((left @ covariance) * left).sum()))
+
+
+def regress(within: Tensor, cross: Tensor, prior: Tensor) -> Tensor:
+    """Return W = (Cov[y, z] + ridge W_0) (Cov[z] + ridge I)^(-1).
+
+    Args:
+        within: Cov[z], [n, n].
+        cross: Cov[y, z], [hidden, n].
+        prior: W_0, [hidden, n], where the ridge pulls to.
+    """
+    ridge = RIDGE * within.diagonal().mean()
+    damped = within + ridge * torch.eye(len(within), dtype=within.dtype, device=within.device)
+    weight: Tensor = torch.linalg.solve(damped, (cross + ridge * prior).mT).mT
+    return weight
 
 
 def _alternate(problem: ValueProblem, start: Reading) -> tuple[Tensor, Tensor]:

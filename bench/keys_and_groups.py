@@ -1,0 +1,163 @@
+"""Perplexity without any training when K is compressed too, latents are shared, or bytes are spent.
+
+    VDCOMPRESS_STANDINS=... python bench/keys_and_groups.py pythia-70m-standin --device cuda
+
+One calibration on the training text, then one row for each request and start. The three texts that
+measure are never calibrated on, and choices are made on the two held-out ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+import standins
+import token_sets
+import torch
+
+from vdcompress.allocate import predicted_loss
+from vdcompress.calibrate import EVERYTHING, calibrate
+from vdcompress.evaluate import evaluate
+from vdcompress.gains import gains
+from vdcompress.load import Base, load
+from vdcompress.plan import Start, plan_for
+from vdcompress.repair import needs_repair, repair
+from vdcompress.request import Request
+from vdcompress.rewrite import rewrite
+
+FISHER = Start("fisher", "local", 2)
+STARTS = (
+    Start("random", "none", 0),
+    Start("svd", "none", 0),
+    Start("pca", "none", 0),
+    Start("optimal", "none", 0),
+    Start("fisher", "none", 0),
+    Start("random", "local", 2),
+    Start("svd", "local", 2),
+    Start("pca", "local", 2),
+    Start("optimal", "local", 2),
+    FISHER,
+)
+REPAIRS = (Start("fisher", "none", 2), Start("fisher", "local", 0), Start("fisher", "local", 6))
+
+Asked = dict[str, Any]
+PYTHIA: tuple[tuple[Asked, tuple[Start, ...]], ...] = (
+    ({"v_dim": 320}, (Start("optimal", "local", 2), FISHER)),
+    ({"v_dim": 320, "allocation": "layers"}, (Start("optimal", "local", 2), FISHER)),
+    ({"k_dim": 320}, (*STARTS, *REPAIRS)),
+    ({"v_dim": 320, "k_dim": 320}, (*STARTS, *REPAIRS)),
+    ({"v_dim": 320, "k_dim": 320, "allocation": "layers"}, STARTS),
+    ({"v_dim": 256, "k_dim": 256}, (FISHER,)),
+    ({"v_dim": 256, "k_dim": 256, "allocation": "layers"}, (FISHER,)),
+    ({"v_dim": 320, "groups": 1}, STARTS),
+    ({"v_dim": 256, "groups": 1}, (FISHER,)),
+    ({"v_dim": 192, "groups": 1}, STARTS),
+    ({"v_dim": 128, "groups": 1}, (FISHER,)),
+    ({"k_dim": 256, "groups": 1}, (FISHER,)),
+    ({"k_dim": 192, "groups": 1}, (FISHER,)),
+    ({"k_dim": 192, "k_rotary_dim": 64, "groups": 1}, (FISHER,)),
+    ({"k_dim": 192, "k_rotary_dim": 96, "groups": 1}, (FISHER,)),
+    ({"v_dim": 192, "k_dim": 192, "groups": 1}, (*STARTS, *REPAIRS)),
+    ({"v_dim": 192, "k_dim": 192, "groups": 1, "allocation": "layers"}, (FISHER,)),
+    ({"v_dim": 256, "k_dim": 256, "groups": 2}, STARTS),
+    ({"v_dim": 256, "k_dim": 256, "groups": 4}, (FISHER,)),
+    ({"v_dim": 128, "k_dim": 128, "groups": 1}, (FISHER,)),
+    ({"kv_budget": 0.75}, (FISHER,)),
+    ({"kv_budget": 0.5}, STARTS),
+    ({"kv_budget": 0.5, "allocation": "uniform"}, (FISHER,)),
+    ({"kv_budget": 0.5, "groups": 8}, (FISHER,)),
+    ({"kv_budget": 0.5, "target": "vllm"}, (FISHER,)),
+    ({"kv_budget": 0.375}, (FISHER,)),
+    ({"kv_budget": 0.25}, (FISHER,)),
+)
+LLAMA = tuple(
+    ({side: width for side in sides} | groups, STARTS)
+    for sides in (("v_dim",), ("k_dim",), ("v_dim", "k_dim"))
+    for width in (80, 64)
+    for groups in ({}, {"groups": 1})
+) + (({"kv_budget": 0.5}, STARTS), ({"kv_budget": 0.625}, STARTS))
+MODELS = {"pythia-70m-standin": PYTHIA, "llama-32m-standin": LLAMA}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--windows", type=int, default=token_sets.WINDOWS)
+    parser.add_argument("--calibration", default=token_sets.CALIBRATION)
+    parser.add_argument("--only", help="keep the requests whose words hold this")
+    parser.add_argument("--name")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    base = load(standins.model(options.model), device=options.device)
+    sets = token_sets.read()
+    texts = {name: sets[name] for name in (*standins.TEXTS, *token_sets.HELD_OUT)}
+    windows = sets[options.calibration]
+    started = time.perf_counter()
+    statistics = calibrate(base, windows, needs=EVERYTHING)
+    found = gains(base.shape, statistics)
+    body: dict[str, Any] = {
+        "model": options.model,
+        "windows": options.windows,
+        "calibration": {
+            "data": "train.jsonl.gz",
+            "set": options.calibration,
+            "samples": len(windows),
+            "seq_len": windows.shape[1],
+            "balance": token_sets.BALANCE,
+            "seconds": time.perf_counter() - started,
+        },
+        "base": {name: measure(base, None, ids, options.windows) for name, ids in texts.items()},
+        "rows": [],
+    }
+    for asked, starts in MODELS[options.model]:
+        if options.only and options.only not in str(asked):
+            continue
+        request = Request.of(**asked)
+        for start in starts:
+            plan = plan_for(base.shape, request, start, found)
+            model = rewrite(base, plan, statistics)
+            if needs_repair(plan):
+                repair(base, model, plan, windows)
+            losses = predicted_loss(plan.layers, found)
+            row = {
+                "asked": asked,
+                **vars(start),
+                "bytes_per_token": plan.bytes_per_token,
+                "reduction": plan.reduction,
+                "layers": [
+                    [la.v_groups, la.v_head_dim, la.k_groups, la.k_rotary.width, la.k_nope.width]
+                    for la in plan.layers
+                ],
+                "predicted": {p: sum(layer[p] for layer in losses) for p in losses[0]},
+                "texts": {n: measure(base, model, i, options.windows) for n, i in texts.items()},
+            }
+            body["rows"].append(row)
+            figures = " / ".join(f"{t['perplexity']:.2f}" for t in row["texts"].values())
+            kl = " ".join(f"{row['texts'][n]['kl']:.4f}" for n in token_sets.HELD_OUT)
+            total = sum(row["predicted"].values())
+            words = f"{start.initializer} {start.refit} {start.alternate}"
+            print(asked, words, figures, f"kl {kl} predicted {total:.4f}", flush=True)
+            path = record.write(options.name or f"keys-and-groups-{options.model}", body, out=options.out)
+    print(path)
+
+
+def measure(base: Base, model: Any, ids: torch.Tensor, windows: int) -> dict[str, Any]:
+    """Return perplexity of the model (of the base if None), ratio and KL on one text."""
+    if model is None:
+        found = evaluate(base.model, ids, windows=windows)
+    else:
+        found = evaluate(model, ids, base=base.model, windows=windows)
+    return {
+        "perplexity": found.perplexity,
+        "ratio": found.ratio,
+        "kl": found.kl,
+        "tokens": found.tokens,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import Ended, Vdcompress
 from vdcompress import plots
-from vdcompress.errors import UsageError
+from vdcompress.errors import PlanError, UsageError
 from vdcompress.events import Event, RowEnded
 from vdcompress.frontier import frontier
 from vdcompress.pipeline import sweep as pipeline
@@ -249,7 +249,7 @@ def test_the_impossible_is_told_and_skipped(swept: Swept, measured: list[str]) -
 def test_nothing_possible_is_a_usage_error(swept: Swept) -> None:
     ended = swept(lists=("--v-dim", "1000,2000"))
     assert ended.code == 2
-    assert ended.err.startswith("error: no combination can be planned; the first, v1000-optimal: ")
+    assert ended.err.startswith("error: no combination can be planned: v1000-optimal: ")
     assert len(ended.err.splitlines()) == 2
     assert not Path("s").exists()
 
@@ -288,10 +288,20 @@ def test_a_sweep_without_one_plan_ends_badly(swept: Swept, monkeypatch: pytest.M
     break_rows(monkeypatch, RuntimeError("no luck"), "pca", "svd")
     ended = swept("--json")
     assert ended.code == 3
-    assert "error: no plan could be measured; the first, v48-pca: RuntimeError: no luck" in (
+    assert "error: no plan could be measured: v48-pca: RuntimeError: no luck" in (ended.err)
+    assert {row["state"] for row in ended.json["rows"]} == {"failed"}
+
+
+def test_what_only_calibration_tells_is_impossible_too(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_rows(monkeypatch, PlanError([f"reason {n}" for n in range(5)]), "pca", "svd")
+    ended = swept("--json")
+    assert ended.code == 2
+    assert "error: no combination could be planned: v48-pca: reason 0; reason 1; and 3 more" in (
         ended.err
     )
-    assert {row["state"] for row in ended.json["rows"]} == {"failed"}
+    assert {row["state"] for row in ended.json["rows"]} == {"impossible"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])

@@ -203,7 +203,7 @@ class Listener:
                 self.told.add(event.message)
                 self.on_event(event)
         elif isinstance(event, Progress):
-            note = f"{self.row}: {event.stage} {event.done} {event.note}".rstrip()
+            note = f"{self.row}: {event.note or event.stage}"
             self.on_event(Progress("sweep", self.number, note))
         elif not isinstance(event, StageStarted | StageEnded):
             self.on_event(event)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import Ended, Vdcompress
+from synthetic import model_gains
 from vdcompress import plots
 from vdcompress.errors import PlanError, UsageError
 from vdcompress.events import Event, RowEnded
@@ -26,6 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--samples", "8", "--seq-len", "64", "--windows", "2")
 LISTS = ("--v-dim", "48,32", "--initializer", "pca,svd")
 ROWS = ("v48-pca", "v48-svd", "v32-pca", "v32-svd")
+BUDGETS = ((0.75, "pca"), (0.75, "svd"), (0.5, "pca"), (0.5, "svd"))
 Swept = Callable[..., Ended]
 
 
@@ -138,6 +140,29 @@ def test_initialisers_with_other_moments_share_the_calibration(
     assert ended.code == 0, ended.err
     assert len(calls) == 1
     assert "not measured" not in ended.out
+
+
+def test_gains_are_measured_once_for_plans_that_read_the_same(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def gains(base: Any, _statistics: Any, start: Any, groups: Any) -> Any:
+        calls.append((start.initializer, groups))
+        return model_gains(base.shape)
+
+    monkeypatch.setattr("vdcompress.gains.gains", gains)
+    monkeypatch.setattr(sweep_rows, "rewrite", lambda base, *_, **__: base.model)
+    lists = ("--kv-budget", "0.75,0.5", "--v-dim", "32", "--initializer", "pca,svd")
+    ended = swept("--json", lists=lists)
+    assert ended.code == 0, ended.err
+    assert calls == [("pca", (1, 2, 4)), ("svd", (1, 2, 4))]
+    rows = {row["row"]: row for row in ended.json["rows"]}
+    assert list(rows) == ["v32-pca", "v32-svd", *(f"kv{b}-{i}" for b, i in BUDGETS)]
+    assert rows["v32-pca"]["predicted_loss"] is None
+    less, more = (rows[f"kv{share}-pca"] for share in (0.5, 0.75))
+    assert less["kv_cache"]["bytes_per_token"] <= 256 < more["kv_cache"]["bytes_per_token"] <= 384
+    assert less["predicted_loss"]["total"] > more["predicted_loss"]["total"] > 0
 
 
 def test_the_same_command_repeats_nothing(

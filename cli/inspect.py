@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,9 @@ from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
 from vdcompress.cli.show import show_inspection
+from vdcompress.cli.values import device as resolve_device
+from vdcompress.cli.values import recipe_from
+from vdcompress.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -27,17 +31,88 @@ def inspect(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="TEXT",
+            rich_help_panel=o.DATA,
+            help="Calibrate a base model on a file, a folder, a hub dataset or stdlib, and show "
+            "the energy that latents of each width keep.",
+        ),
+    ] = None,
+    text_field: o.TextField = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    seed: o.Seed = None,
+    device: o.Device = "cpu",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PNG",
+            rich_help_panel=o.OUTPUT,
+            help="Draw the energy into this file.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", rich_help_panel=o.OUTPUT, help="Replace that file.")
+    ] = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Show what a model's cache is or could be, and who serves it."""
+    """Show what a model's cache is or could be, and who serves it.
+
+    With text, also how much each width of a latent keeps: vdcompress inspect demo --data stdlib
+    """
     with session(Flags(json, quiet, verbose, debug)) as out:
         from vdcompress import runs
-        from vdcompress.pipeline.inspection import inspect_model
 
-        target = model or str(runs.latest())
-        if model is None:
-            out.note(f"run: {target}")
-        show_inspection(out, inspect_model(target, revision))
+        if data is None:
+            _require_no_plot(output)
+            from vdcompress.pipeline.inspection import inspect_model
+
+            target = model or str(runs.latest())
+            if model is None:
+                out.note(f"run: {target}")
+            show_inspection(out, inspect_model(target, revision))
+            return
+        _require_writable(output, force=force)
+        overrides = {
+            "model": model,
+            "revision": revision,
+            "text_field": text_field,
+            "calibration.data": data,
+            "calibration.samples": samples,
+            "calibration.seq_len": seq_len,
+            "calibration.seed": seed,
+            "start.seed": seed,
+        }
+        recipe = recipe_from(None, overrides)
+        from vdcompress.pipeline.inspection import inspect_energy
+
+        where = resolve_device(device)
+        found = inspect_energy(recipe, device=where, on_event=out.display)
+        if output is not None:
+            from vdcompress.plots_energy import energy
+
+            output.write_bytes(energy(found["energy"], f"{found['model']['id']}: energy left out"))
+        show_inspection(out, found | {"plot": None if output is None else str(output)})
+
+
+def _require_no_plot(output: Path | None) -> None:
+    if output is not None:
+        raise UsageError("there is no energy to draw without text", "add: --data TEXT")
+
+
+def _require_writable(output: Path | None, *, force: bool) -> None:
+    """Raise before the work what would stop the plot after it."""
+    if output is None:
+        return
+    if output.is_dir() or (output.exists() and not force):
+        raise UsageError(f"{output} exists already", "choose another file, or add --force")
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent}", "make it first")

@@ -122,7 +122,8 @@ def row_line(event: RowEnded) -> str:
     """Return a row of a sweep in one line."""
     if event.bytes_per_token is None or event.perplexity is None or event.ratio is None:
         return f"{event.row}: not measured: {event.reason}"
+    change = round(event.ratio - 1, 4) + 0.0  # no minus before a zero
     return (
         f"{event.row}: {event.bytes_per_token:,} bytes per token, ppl {event.perplexity:.2f} "
-        f"({event.ratio - 1:+.2%}), {event.seconds:.1f} s"
+        f"({change:+.2%}), {event.seconds:.1f} s"
     )

@@ -81,12 +81,16 @@ def show_inspection(out: Output, found: Document) -> None:
             f"{shape['hidden']}, {shape['heads']} query heads, {shape['kv_heads']} key/value heads "
             f"of {shape['head_dim']} ({shape['rotary_dim']} rotary), {found['dtype']}"
         )
-        tables = [_widths(found), _capacity(found)]
+        tables = [_widths(found), _layouts(found), _arithmetic(found), _capacity(found)]
+        if found["energy"] is not None:
+            tables = list(filter(None, (_energy(found), _frequencies(found))))
     else:
         title = f"{found['run']}: {model['id']} ({model['family']}), compressed"
         tables = [report.summary(found)] if found["parameters"] else []
-        tables += [report.layers(found["plan"]), _capacity(found), _engines(found)]
-    out.result(found, title, *tables)
+        tables += [*_planned(found), report.costs(found["cost"])]
+        tables += [_capacity(found), _engines(found)]
+    plot = [f"drawn in {found['plot']}"] if found.get("plot") else []
+    out.result(found, title, *tables, *plot)
 
 
 def _planned(found: Document) -> list[Table]:
@@ -127,6 +131,71 @@ def _widths(found: Document) -> Table:
     )
     header = ("--v-dim", "per head", "cache, bytes per token", "change")
     return Table("widths that V can have", header, rows, words=0)
+
+
+def _energy(found: Document) -> Table:
+    """Return the energy kept at eighths of the base's width; all widths are in the JSON."""
+    shape = found["shape"]
+    full = shape["kv_heads"] * shape["head_dim"]
+    dims = [full * eighth // 8 for eighth in range(1, 8)]
+    rows = []
+    for row in found["energy"]:
+        kept = dict(zip(row["widths"], row["kept"], strict=True))
+        shares = [kept.get(dim / row["groups"]) for dim in dims]
+        cells = (report.NONE if share is None else f"{100 * share:.2f}" for share in shares)
+        rows.append((str(row["layer"]), row["side"].upper(), str(row["groups"]), *cells))
+    header = ("layer", "side", "latents", *(f"{dim}" for dim in dims))
+    return Table("energy kept, %, by numbers per token of all latents", header, tuple(rows))
+
+
+def _frequencies(found: Document) -> Table | None:
+    """Return the share of K's rotary energy in each frequency, None where RoPE rotates it all."""
+    if not any(found["frequencies"]):
+        return None
+    header = ("layer", *(str(index) for index in range(len(found["frequencies"][0]))))
+    rows = tuple(
+        (str(layer), *(f"{100 * share:.1f}" for share in shares))
+        for layer, shares in enumerate(found["frequencies"])
+    )
+    return Table("rotary frequencies, % of K's energy, fastest first", header, rows)
+
+
+def _layouts(found: Document) -> Table:
+    rows = tuple(
+        (
+            layout["options"] or "as it is",
+            ", ".join(_serving(layout)),
+            f"{layout['k_groups']} x {layout['k_head_dim']}",
+            f"{layout['v_groups']} x {layout['v_head_dim']}",
+            f"{layout['bytes_per_token']:,}",
+            f"{-100 * layout['reduction']:.1f}%" if layout["reduction"] else "",
+        )
+        for layout in found["layouts"]
+    )
+    header = ("apply with", "served by", "K latents", "V latents", "bytes per token", "change")
+    return Table("layouts, and which engines take them", header, rows, words=2)
+
+
+def _serving(layout: Document) -> list[str]:
+    """Return the backends that take a layout without an own class, but for ``generate()``."""
+    return [
+        engine["backend"]
+        for engine in layout["serving"]
+        if engine["serves"] and engine["backend"] != "generate()" and "own" not in engine["note"]
+    ]
+
+
+def _arithmetic(found: Document) -> Table:
+    rows = []
+    for layout in found["layouts"]:
+        for name, maps in (("folded", "folded"), ("per_head", "one per head")):
+            cost = layout[name]
+            if name == "folded" or (layout["options"] and cost != layout["folded"]):
+                figures = ("weights", "flops_per_token", "flops_per_cached_token")
+                cells = (f"{cost[figure]:,}" for figure in figures)
+                rows.append((layout["options"] or "as it is", maps, *cells))
+    header = ("apply with", "maps", "weights", "operations per token", "per cached token")
+    return Table("attention, all layers", header, tuple(rows), words=2)
 
 
 def _capacity(found: Document) -> Table:

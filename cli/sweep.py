@@ -58,7 +58,7 @@ def sweep(
         ),
     ] = None,
     initializer: Annotated[str | None, listed("optimal, pca, svd, random.")] = None,
-    refit: Annotated[str | None, listed("none, local, ...")] = None,
+    refit: Annotated[str | None, listed(f"{', '.join(o.Refit)}.")] = None,
     revision: Annotated[
         str | None,
         typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=o.WHAT),
@@ -85,8 +85,10 @@ def sweep(
 ) -> None:
     """Calibrate once and measure many plans.
 
-    Every combination of the lists is a row, beside the base and its int8 and int4 caches. Each row
-    is kept as it finishes: the same command again continues. At the end a table and a plot.
+    Every combination of the lists is a row, beside the base and its cache in
+    int8 and int4. Rows are kept as they finish: the same command continues,
+    other lists add rows. At the end a table and a plot. Without -o it is
+    sweeps/MODEL-..., a name that belongs to the settings.
     """
     kept = Rows()
     with session(Flags(json, quiet, verbose, debug), kept) as out:

@@ -71,7 +71,9 @@ class HiddenStates:
         if self._memory is not None:
             return self._memory[start:stop]
         found = torch.empty(stop - start, *self.shape[1:])
-        self._seek(start).readinto(found.numpy().data.cast("B"))
+        view = found.numpy().data.cast("B")
+        if self._seek(start).readinto(view) != len(view):
+            raise OSError("the temporary file of the hidden states was cut")
         return found
 
     def write(self, start: int, states: Tensor) -> None:
@@ -145,16 +147,16 @@ class Stack:
         Raises:
             ModelError: a token is not of the vocabulary.
         """
-        tokens, places = windows.unique(return_inverse=True)
-        if int(tokens.max()) >= self.model.config.vocab_size or int(tokens.min()) < 0:
+        largest, vocabulary = int(windows.max()), int(self.model.config.vocab_size)
+        if largest >= vocabulary:
             raise ModelError(
-                f"token {int(tokens.max())} is not of the model's vocabulary of "
-                f"{self.model.config.vocab_size}",
+                f"token {largest} is not of the model's vocabulary of {vocabulary}",
                 "the tokenizer and the weights are of different models",
             )
-        rows = self.checkpoint.rows(self.embedding_name, tokens.tolist()).float()
-        for index, place in enumerate(places):
-            hidden.write(index, rows[place][None])
+        for index, window in enumerate(windows):
+            tokens, places = window.unique(return_inverse=True)
+            rows = self.checkpoint.rows(self.embedding_name, tokens.tolist()).float()
+            hidden.write(index, rows[places][None])
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

@@ -135,7 +135,7 @@ def costs(cost: Results) -> Table:
         (title, _count(base[name]), _count(narrow[name]), change(base[name], narrow[name]))
         for name, title in names.items()
     )
-    return Table("attention of all layers", ("", "base", "compressed", "change"), rows)
+    return Table("attention, all layers", ("", "base", "compressed", "change"), rows)
 
 
 def is_per_head(plan: Results) -> bool:

@@ -6,6 +6,7 @@ widths of one latent. Nothing here imports an engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -149,9 +150,18 @@ def verdicts(layers: Sequence[LayerLayout]) -> tuple[Verdict, ...]:
     Args:
         layers: the layouts of all layers of a model.
     """
-    widths = {(layer.k_head_dim, layer.v_head_dim) for layer in layers}
-    groups = {(layer.k_groups, layer.v_groups) for layer in layers}
-    return tuple(_verdict(backend, widths, groups) for backend in BACKENDS)
+    return tuple(_verdict(backend, layers) for backend in BACKENDS)
+
+
+def ranks(layers: Sequence[LayerLayout]) -> int:
+    """Return over how many ranks tensor parallelism can cut these layers.
+
+    The projections that write latents are cut between latents, never within one, and maps per
+    head (of a shared V, or of keys behind RoPE) are not cut at all.
+    """
+    if any("per_head" in (layer.k_maps, layer.v.maps) for layer in layers):
+        return 1
+    return math.gcd(*(groups for layer in layers for groups in (layer.k_groups, layer.v_groups)))
 
 
 def common(width: int) -> bool:
@@ -172,18 +182,21 @@ def tokens_per_gib(layers: Sequence[LayerLayout], ranks: int) -> int:
     return GIB // (2 * per_rank)
 
 
-def _verdict(
-    backend: Backend, widths: set[tuple[int, int]], groups: set[tuple[int, int]]
-) -> Verdict:
+def _verdict(backend: Backend, layers: Sequence[LayerLayout]) -> Verdict:
+    widths = {(layer.k_head_dim, layer.v_head_dim) for layer in layers}
+    groups = {(layer.k_groups, layer.v_groups) for layer in layers}
     own = backend.engine.startswith("transformers") and backend.backend == "generate()"
     if not all(backend.takes(k, v) for k, v in widths):
         return Verdict(backend.engine, backend.backend, False, backend.rule)
     if not own and any(k != v for k, v in groups):
         note = "takes as many K latents as V latents only"
         return Verdict(backend.engine, backend.backend, False, note)
-    if not own and len(widths | groups) > 2:
+    if not own and max(len(widths), len(groups)) > 1:
         note = "takes one layout for all layers only"
         return Verdict(backend.engine, backend.backend, False, note)
     unequal = any(k != v for k, v in widths)
     note = f"needs {backend.needs_unequal if unequal else backend.needs}"
+    if not backend.engine.startswith("transformers"):
+        most = ranks(layers)
+        note += f"; up to {most} ranks" if most > 1 else "; one rank"
     return Verdict(backend.engine, backend.backend, True, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from vdcompress.cli.options import Allocation, Refit, Target
 from vdcompress.errors import RecipeError
 from vdcompress.heal_settings import HealSettings
-from vdcompress.recipe import HealSection, Recipe, load_recipe, parse, shipped
+from vdcompress.recipe import HealSection, PlanSection, Recipe, load_recipe, parse, shipped
+from vdcompress.request import ALLOCATIONS, TARGETS, Request
 
 NOT_IN_RECIPES = {"chunk_tokens"}
 
@@ -22,7 +25,7 @@ def test_every_shipped_recipe_is_sound_and_carries_its_file_name(name: str) -> N
     assert recipe.name == name
     assert recipe.description
     assert recipe.model
-    assert recipe.plan.v_dim
+    assert not Request.of(**recipe.plan.model_dump()).empty
 
 
 def test_a_recipe_survives_being_written() -> None:
@@ -42,9 +45,28 @@ def test_the_heal_section_has_every_setting_with_its_default() -> None:
             assert getattr(section, field.name) == getattr(HealSettings(), field.name)
 
 
+def test_the_plan_section_has_every_part_of_a_request() -> None:
+    names = {field.name for field in fields(Request)}
+    assert set(PlanSection.model_fields) == names | {"groups"}
+    assert Request.of(**PlanSection().model_dump()) == Request()
+
+
+def test_flags_offer_what_recipes_take() -> None:
+    def taken(path: str, values: Iterable[str]) -> None:
+        for value in values:
+            Recipe().merged({path: value})
+
+    assert (tuple(Allocation), tuple(Target)) == (ALLOCATIONS, TARGETS)
+    taken("plan.allocation", Allocation)
+    taken("plan.target", Target)
+    taken("start.refit", Refit)
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
+        ({"version": 1, "plan": {"target": "tgi"}}, "plan.target: input should be"),
+        ({"version": 1, "plan": {"k_dims": 1}}, "did you mean 'k_dim'?"),
         ({"version": 1, "calibraton": {}}, "unknown key 'calibraton', did you mean 'calibration'?"),
         (
             {"version": 1, "heal": {"learning_rat": 1}},

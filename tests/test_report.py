@@ -5,7 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from synthetic import model_gains
 from vdcompress import report
+from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.pipeline.planning import predicted
+from vdcompress.plan import ModelShape, Plan, make_plan
+
+SHAPE = ModelShape("gpt_neox", layers=2, hidden=64, heads=4, kv_heads=4, head_dim=16, rotary_dim=4)
+MIXED = Plan(
+    SHAPE,
+    (
+        LayerLayout(Part(1, 24), NopePart(2, 4), RotaryPart(2, 6, frequencies=(0, 0, 1))),
+        SHAPE.full_layout(),
+    ),
+)
 
 
 def test_the_card_shows_what_the_results_hold(tiny_run: Path) -> None:
@@ -44,3 +57,42 @@ def test_equal_layers_share_a_row(tiny_run: Path) -> None:
 def test_markdown_aligns_words_left_and_figures_right() -> None:
     table = report.Table("", ("name", "value"), (("a", "1"),))
     assert table.markdown() == "| name | value |\n| :-- | --: |\n| a | 1 |"
+
+
+def test_mixed_layers_show_their_parts() -> None:
+    rows = report.layers(MIXED.to_json()).rows
+    assert rows[0][:6] == ("0", "2 x 10", "6", "1 x 24", "20", "24")
+    assert rows[1][:6] == ("1", "4 x 16", "4", "4 x 16", "64", "64")
+
+
+def test_frequencies_are_counted_where_some_were_chosen() -> None:
+    table = report.frequencies(MIXED.to_json())
+    assert table is not None
+    assert table.rows == (("0", "2", "0 x 2, 1 x 1"), ("1", "1", "0-1 x 1"))
+    assert report.frequencies(make_plan(SHAPE, v_dim=32).to_json()) is None
+
+
+def test_where_the_bytes_go_adds_up_to_the_plan() -> None:
+    rows = report.spent(MIXED.to_json()).rows
+    assert rows[0] == ("0", "48", "16", "24", "88")
+    assert rows[-1] == ("all", "176", "112", "56", f"{MIXED.bytes_per_token:,}")
+
+
+def test_predicted_loss_stands_beside_the_bytes() -> None:
+    found = predicted(MIXED, model_gains(SHAPE))
+    table = report.spent(MIXED.to_json(), found)
+    assert table.header[-1] == "nats"
+    assert table.rows[1][-4:] == ("0.0000",) * 4
+    assert table.rows[0][-4:] == table.rows[-1][-4:]
+    assert table.rows[-1][-1] == f"{found['total']:.4f}"
+
+
+def test_only_a_bare_width_of_v_is_per_head() -> None:
+    assert report.is_per_head(make_plan(SHAPE, v_dim=32).to_json())
+    for other in (
+        {"v_dim": 64},
+        {"v_dim": 32, "k_dim": 32},
+        {"v_dim": 32, "groups": 1},
+        {"k_dim": 32},
+    ):
+        assert not report.is_per_head(make_plan(SHAPE, **other).to_json())

@@ -50,3 +50,38 @@ def test_latents_are_replicated_beyond_their_groups() -> None:
     assert serving.tokens_per_gib(shared, 1) == serving.tokens_per_gib(shared, 8)
     heads = [layer(64, 40)]
     assert serving.tokens_per_gib(heads, 8) == 2**30 // (2 * (64 + 40))
+
+
+def test_two_layouts_are_two_whatever_their_numbers() -> None:
+    assert "TRITON_ATTN" not in serves(layer(64, 64, groups=64), layer(128, 128, groups=64))
+
+
+def test_keys_behind_rope_count_as_one_latent() -> None:
+    nope = NopePart(2, 40, maps="per_head", after_rope=True)
+    behind = LayerLayout(Part(2, 40), nope, RotaryPart(2, 0, maps="per_head"))
+    assert {"FLASH_ATTN", "TRITON_ATTN", "generate()"} <= serves(behind)
+
+
+@pytest.mark.parametrize(
+    ("layers", "most"),
+    [
+        ([layer(64, 64, groups=8)], 8),
+        ([layer(64, 64, groups=1)], 1),
+        ([layer(64, 64, groups=8, v_groups=2)], 2),
+        ([LayerLayout(Part(8, 40, maps="per_head"), NopePart(8, 40), RotaryPart(8, 0))], 1),
+        ([LayerLayout(Part(8, 40), NopePart(8, 40, maps="per_head"), RotaryPart(8, 0))], 1),
+    ],
+)
+def test_tensor_parallelism_cuts_between_latents_only(layers: list[LayerLayout], most: int) -> None:
+    assert serving.ranks(layers) == most
+    notes = [v.note for v in serving.verdicts(layers) if v.serves and v.engine.startswith("SGLang")]
+    assert all((f"up to {most} ranks" if most > 1 else "one rank") in note for note in notes)
+
+
+def test_widths_that_the_main_backend_takes() -> None:
+    assert [width for width in (8, 40, 192, 256, 264, 20) if serving.common(width)] == [
+        8,
+        40,
+        192,
+        256,
+    ]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from conftest import Ended, Vdcompress
+from synthetic import model_gains
 from vdcompress import plots
-from vdcompress.errors import UsageError
+from vdcompress.errors import PlanError, UsageError
 from vdcompress.events import Event, RowEnded
 from vdcompress.frontier import frontier
 from vdcompress.pipeline import sweep as pipeline
@@ -26,6 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = ("--samples", "8", "--seq-len", "64", "--windows", "2")
 LISTS = ("--v-dim", "48,32", "--initializer", "pca,svd")
 ROWS = ("v48-pca", "v48-svd", "v32-pca", "v32-svd")
+BUDGETS = ((0.75, "pca"), (0.75, "svd"), (0.5, "pca"), (0.5, "svd"))
 Swept = Callable[..., Ended]
 
 
@@ -140,6 +142,29 @@ def test_initialisers_with_other_moments_share_the_calibration(
     assert "not measured" not in ended.out
 
 
+def test_gains_are_measured_once_for_plans_that_read_the_same(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def gains(base: Any, _statistics: Any, start: Any, groups: Any) -> Any:
+        calls.append((start.initializer, groups))
+        return model_gains(base.shape)
+
+    monkeypatch.setattr("vdcompress.gains.gains", gains)
+    monkeypatch.setattr(sweep_rows, "rewrite", lambda base, *_, **__: base.model)
+    lists = ("--kv-budget", "0.75,0.5", "--v-dim", "32", "--initializer", "pca,svd")
+    ended = swept("--json", lists=lists)
+    assert ended.code == 0, ended.err
+    assert calls == [("pca", (1, 2, 4)), ("svd", (1, 2, 4))]
+    rows = {row["row"]: row for row in ended.json["rows"]}
+    assert list(rows) == ["v32-pca", "v32-svd", *(f"kv{b}-{i}" for b, i in BUDGETS)]
+    assert rows["v32-pca"]["predicted_loss"] is None
+    less, more = (rows[f"kv{share}-pca"] for share in (0.5, 0.75))
+    assert less["kv_cache"]["bytes_per_token"] <= 256 < more["kv_cache"]["bytes_per_token"] <= 384
+    assert less["predicted_loss"]["total"] > more["predicted_loss"]["total"] > 0
+
+
 def test_the_same_command_repeats_nothing(
     swept: Swept, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +274,7 @@ def test_the_impossible_is_told_and_skipped(swept: Swept, measured: list[str]) -
 def test_nothing_possible_is_a_usage_error(swept: Swept) -> None:
     ended = swept(lists=("--v-dim", "1000,2000"))
     assert ended.code == 2
-    assert ended.err.startswith("error: no combination can be planned; the first, v1000-optimal: ")
+    assert ended.err.startswith("error: no combination can be planned: v1000-optimal: ")
     assert len(ended.err.splitlines()) == 2
     assert not Path("s").exists()
 
@@ -288,10 +313,20 @@ def test_a_sweep_without_one_plan_ends_badly(swept: Swept, monkeypatch: pytest.M
     break_rows(monkeypatch, RuntimeError("no luck"), "pca", "svd")
     ended = swept("--json")
     assert ended.code == 3
-    assert "error: no plan could be measured; the first, v48-pca: RuntimeError: no luck" in (
+    assert "error: no plan could be measured: v48-pca: RuntimeError: no luck" in (ended.err)
+    assert {row["state"] for row in ended.json["rows"]} == {"failed"}
+
+
+def test_what_only_calibration_tells_is_impossible_too(
+    swept: Swept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_rows(monkeypatch, PlanError([f"reason {n}" for n in range(5)]), "pca", "svd")
+    ended = swept("--json")
+    assert ended.code == 2
+    assert "error: no combination could be planned: v48-pca: reason 0; reason 1; and 3 more" in (
         ended.err
     )
-    assert {row["state"] for row in ended.json["rows"]} == {"failed"}
+    assert {row["state"] for row in ended.json["rows"]} == {"impossible"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])

@@ -1,4 +1,4 @@
-"""``inspect``: what a model's cache is, or could be, without loading a weight."""
+"""``inspect``: what a model's cache is, or could be; no weight is loaded unless text is given."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vdcompress import runs, serving
+from vdcompress import gains, runs, serving
 from vdcompress.artifact import read_marker
+from vdcompress.calibrate import calibrate
+from vdcompress.cost import plan_cost, with_maps
+from vdcompress.energy import energies, frequency_shares
 from vdcompress.errors import RunError
-from vdcompress.load import BaseConfig, load_config
+from vdcompress.events import OnEvent, Stopwatch, ignore
+from vdcompress.gains import LayerGains
+from vdcompress.load import Base, BaseConfig, load, load_config
 from vdcompress.modeling.layout import LayerLayout
-from vdcompress.pipeline.document import SCHEMA
+from vdcompress.pipeline.document import SCHEMA, cost
 from vdcompress.pipeline.results import read_results
-from vdcompress.plan import Plan, make_plan
+from vdcompress.pipeline.settings import settle, start_of
+from vdcompress.pipeline.text import calibration_windows
+from vdcompress.plan import ModelShape, Plan, make_plan
+from vdcompress.recipe import Recipe, model_of
+from vdcompress.rewrite import needed_statistics
+from vdcompress.standard_layouts import Standard, standard_layouts
 
 
 def inspect_model(target: str, revision: str | None = None) -> dict[str, Any]:
@@ -24,8 +34,8 @@ def inspect_model(target: str, revision: str | None = None) -> dict[str, Any]:
         revision: of a hub id.
 
     Returns:
-        JSON: ``kind`` (``base`` or ``compressed``), cache, layers, engines; for a base the widths
-        that V could have.
+        JSON: ``kind`` (``base`` or ``compressed``), cache, layers, cost, engines; for a base the
+        widths that V could have, and layouts that most people want.
     """
     for folder in (Path(target), runs.ROOT / target):
         if runs.is_finished(folder):
@@ -33,6 +43,46 @@ def inspect_model(target: str, revision: str | None = None) -> dict[str, Any]:
         if folder.suffix == runs.PARTIAL and folder.is_dir():
             runs.resolve(folder)
     return _base(load_config(target, revision=revision))
+
+
+def inspect_energy(
+    recipe: Recipe, *, device: str = "cpu", on_event: OnEvent = ignore
+) -> dict[str, Any]:
+    """Describe a base model, and calibrate it to say what latents of each width keep.
+
+    Args:
+        recipe: names the model; its ``calibration`` section says with which text.
+        device: where to calculate.
+        on_event: hears what happens.
+
+    Returns:
+        JSON: :func:`inspect_model`'s, with ``energy`` by layer, side, number of groups and width,
+        ``frequencies``, the share of K's rotary energy in each, and ``calibration``.
+    """
+    base, settled, found = measured_gains(recipe, device, on_event)
+    return _base(base) | {
+        "energy": [energy.to_json() for energy in energies(found)],
+        "frequencies": [list(shares) for shares in frequency_shares(found)],
+        "calibration": settled.calibration.model_dump(mode="json"),
+    }
+
+
+def measured_gains(
+    recipe: Recipe, device: str, on_event: OnEvent
+) -> tuple[Base, Recipe, tuple[LayerGains, ...]]:
+    """Load and calibrate a base and measure the gains of every number of groups."""
+    config = load_config(model_of(recipe), revision=recipe.revision)
+    settled = settle(recipe, config.config, on_event)
+    watch, start = Stopwatch(on_event), start_of(settled)
+    with watch.stage("load"):
+        base = load(model_of(settled), revision=settled.revision, device=device)
+    with watch.stage("read text"):
+        windows = calibration_windows(settled, base.tokenizer)
+    with watch.stage("calibrate", len(windows.tokens)):
+        needs = needed_statistics(start, base.shape)
+        statistics = calibrate(base, windows.tokens, needs=needs, on_event=on_event)
+    with watch.stage("energy"):
+        return base, settled, gains.gains(base, statistics, start)
 
 
 def _compressed(folder: Path) -> dict[str, Any]:
@@ -53,6 +103,7 @@ def _compressed(folder: Path) -> dict[str, Any]:
         "perplexity": results.get("perplexity"),
         "positions": results.get("positions"),
         "gate": results.get("gate"),
+        "cost": cost(plan),
         "serving": [asdict(verdict) for verdict in serving.verdicts(plan.layers)],
         "tokens_per_gib": _capacity(plan.layers),
     }
@@ -77,8 +128,30 @@ def _base(base: BaseConfig) -> dict[str, Any]:
             {"v_dim": plan.layers[0].v_dim, "v_head_dim": plan.layers[0].v_head_dim, **_cache(plan)}
             for plan in reversed(widths)
         ],
+        "layouts": [_layout(standard, shape) for standard in standard_layouts(shape)],
         "serving": None,
         "tokens_per_gib": _capacity(full.layers),
+        "energy": None,
+    }
+
+
+def _layout(standard: Standard, shape: ModelShape) -> dict[str, Any]:
+    """Describe one layout for all layers: size, cost with both kinds of maps, engines."""
+    layers = (standard.layer,) * shape.layers
+    plan = Plan(shape, layers)
+    folded = Plan(shape, tuple(with_maps(layer, "folded") for layer in layers))
+    per_head = Plan(shape, tuple(with_maps(layer, "per_head") for layer in layers))
+    return {
+        "options": standard.options,
+        "k_groups": standard.layer.k_groups,
+        "k_head_dim": standard.layer.k_head_dim,
+        "v_groups": standard.layer.v_groups,
+        "v_head_dim": standard.layer.v_head_dim,
+        **_cache(plan),
+        "folded": plan_cost(folded).to_json(),
+        "per_head": plan_cost(per_head).to_json(),
+        "serving": [asdict(verdict) for verdict in serving.verdicts(layers)],
+        "tokens_per_gib": _capacity(layers),
     }
 
 

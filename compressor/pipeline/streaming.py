@@ -69,7 +69,7 @@ def apply_streaming(
         on_event: hears what happens.
 
     Raises:
-        UsageError: for a plan that needs gains, which take the whole model.
+        UsageError: for a plan that needs gains or a sequential refit, which take the whole model.
         VDCompressError: nothing is written then.
     """
     if output is not None:
@@ -130,11 +130,7 @@ def _open(recipe: Recipe, max_memory: int, device: str, on_event: OnEvent) -> _J
     """Settle recipe and plan, find the files and read the texts."""
     config = load_config(model_of(recipe), revision=recipe.revision)
     settled = settle(recipe, config.config, on_event)
-    if checked_request(settled, config.shape).needs_gains(config.shape):
-        raise UsageError(
-            "this plan needs the gains of the whole model, which --max-memory keeps out of memory",
-            "name widths that need none (--v-dim, --k-dim, --k-rotary-dim), or allow more memory",
-        )
+    _require_streamable(settled, config)
     plan = plan_of(settled, config.shape, on_event)
     needed = LAYER_COPIES * FLOAT32_BYTES * _layer_numbers(config)
     if needed > max_memory:
@@ -153,6 +149,20 @@ def _open(recipe: Recipe, max_memory: int, device: str, on_event: OnEvent) -> _J
         windows = text.calibration_windows(settled, tokenizer)
         tokens = text.evaluation_tokens(settled, tokenizer)
     return _Job(base, tokenizer, settled, plan, windows, tokens, device)
+
+
+def _require_streamable(recipe: Recipe, config: BaseConfig) -> None:
+    """Raise :class:`UsageError` for what takes the whole model at once."""
+    if checked_request(recipe, config.shape).needs_gains(config.shape):
+        raise UsageError(
+            "this plan needs the gains of the whole model, which --max-memory keeps out of memory",
+            "name widths that need none (--v-dim, --k-dim, --k-rotary-dim), or allow more memory",
+        )
+    if recipe.start.refit == "sequential":
+        raise UsageError(
+            "a sequential refit runs the whole model, which --max-memory keeps out of memory",
+            "take --refit local, or allow more memory",
+        )
 
 
 def _evaluate(job: _Job, folder: Path, states_in: Path | None, on_event: OnEvent) -> Evaluation:

@@ -28,6 +28,7 @@ from vdcompress.pipeline.sweep_folder import (
 from vdcompress.pipeline.sweep_plans import Axes, variants
 from vdcompress.pipeline.sweep_rows import (
     DONE,
+    FAILED,
     IMPOSSIBLE,
     PLAN,
     REFERENCE,
@@ -96,7 +97,7 @@ def new_sweep(
     if all(variant.problem for variant in tried):
         first = tried[0]
         raise PlanError(
-            [f"no combination can be planned; the first, {first.name}: {first.problem}"],
+            [f"no combination can be planned: {first.name}: {first.problem}"],
             "see: vdcompress inspect MODEL",
         )
     settings = _settings(common, config)
@@ -137,13 +138,20 @@ def run_sweep(sweep: Sweep, *, device: str = "cpu", on_event: OnEvent = ignore) 
 
 
 def require_rows(results: Json) -> None:
-    """Raise :class:`ModelError` if not one plan of a sweep could be measured."""
-    rows = [row for row in results["rows"] if row["state"] != IMPOSSIBLE]
-    if rows and not any(row["state"] == DONE for row in rows):
-        raise ModelError(
-            f"no plan could be measured; the first, {rows[0]['row']}: {rows[0]['reason']}",
-            f"the reasons are kept in {results['run']}",
-        )
+    """Say why, if not one plan of a sweep could be measured.
+
+    Raises:
+        ModelError: the plans that could be made failed.
+        PlanError: none could be made.
+    """
+    if any(row["state"] == DONE for row in results["rows"]):
+        return
+    hint = f"the reasons are kept in {results['run']}"
+    for row in results["rows"]:
+        if row["state"] == FAILED:
+            raise ModelError(f"no plan could be measured: {row['row']}: {row['reason']}", hint)
+    row = results["rows"][0]
+    raise PlanError([f"no combination could be planned: {row['row']}: {row['reason']}"], hint)
 
 
 def _measured(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vdcompress import gains as losses
 from vdcompress.artifact import Compressed
 from vdcompress.errors import PlanError, VDCompressError
 from vdcompress.evaluate import Evaluation
@@ -19,7 +20,6 @@ from vdcompress.events import (
     StageStarted,
     Warned,
 )
-from vdcompress.gains import LayerGains, gains
 from vdcompress.load import Base
 from vdcompress.pipeline.document import SCHEMA, cost, parameters
 from vdcompress.pipeline.measure import Measured, measure
@@ -35,6 +35,7 @@ from vdcompress.rewrite import needed_statistics, rewrite
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vdcompress.gains import LayerGains
     from vdcompress.load import BaseConfig
     from vdcompress.statistics import Statistics
 
@@ -84,7 +85,7 @@ class Work:
             return Planned(plan_of(recipe, shape, on_event))
         key = (start, group_counts(request, shape))
         if key not in self.gains:
-            self.gains[key] = gains(self.base, self.statistics, *key)
+            self.gains[key] = losses.gains(self.base, self.statistics, *key)
         plan = plan_of(recipe, shape, on_event, self.gains[key])
         return Planned(plan, predicted(plan, self.gains[key]))
 
@@ -203,7 +204,7 @@ class Listener:
                 self.told.add(event.message)
                 self.on_event(event)
         elif isinstance(event, Progress):
-            note = f"{self.row}: {event.stage} {event.done} {event.note}".rstrip()
+            note = f"{self.row}: {event.note or event.stage}"
             self.on_event(Progress("sweep", self.number, note))
         elif not isinstance(event, StageStarted | StageEnded):
             self.on_event(event)

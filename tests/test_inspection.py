@@ -1,0 +1,133 @@
+"""What ``inspect`` says of a base: its layouts, and with text the energy that latents keep."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Vdcompress
+from synthetic import falling, model_gains
+from vdcompress.energy import energies, frequency_shares
+from vdcompress.gains import LayerGains
+from vdcompress.pipeline.inspection import inspect_model
+from vdcompress.plan import ModelShape, make_plan
+
+NEOX = ModelShape("gpt_neox", layers=2, hidden=64, heads=4, kv_heads=4, head_dim=16, rotary_dim=4)
+LLAMA = ModelShape("llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, rotary_dim=16)
+SMALL = ("--samples", "8", "--seq-len", "64")
+
+
+@pytest.mark.parametrize("shape", [NEOX, LLAMA], ids=lambda shape: shape.family)
+def test_energy_is_the_share_of_the_loss_that_is_kept(shape: ModelShape) -> None:
+    gains = model_gains(shape)
+    rows = energies(gains)
+    counts = (4, 2, 1) if shape is NEOX else (2, 1)
+    assert [(row.layer, row.side, row.groups) for row in rows] == [
+        *itertools.product((0,), "v", counts),
+        *itertools.product((0,), "k", counts),
+        *itertools.product((1,), "v", counts),
+        *itertools.product((1,), "k", counts),
+    ]
+    for row in rows:
+        assert row.kept[-1] == 1
+        assert row.widths[-1] == shape.kv_dim // row.groups
+        assert list(row.kept) == sorted(row.kept)
+    first = gains[0].v[1]
+    shared = next(row for row in rows if (row.side, row.groups) == ("v", 1))
+    assert shared.kept[0] == pytest.approx(1 - first[8] / first[0])
+
+
+def test_energy_of_nothing_is_kept_whole() -> None:
+    flat = LayerGains({1: (0.0,) * 17}, {1: (0.0,) * 17}, {})
+    assert all(row.kept == (1.0, 1.0) for row in energies([flat]))
+
+
+def test_frequencies_share_their_energy() -> None:
+    (first, _second) = frequency_shares(model_gains(NEOX))
+    curves = model_gains(NEOX)[0].k_rotary[4]
+    assert sum(first) == pytest.approx(1)
+    assert first[0] == pytest.approx(curves[0][0] / (curves[0][0] + curves[1][0]))
+    assert frequency_shares(model_gains(LLAMA)) == ((), ())
+    still = LayerGains({1: (0.0,)}, {1: falling(random.Random(0), 4)}, {1: ((0.0, 0.0),)})
+    assert frequency_shares([still]) == ((0.0,),)
+
+
+def test_layouts_of_a_base_are_costed_and_judged(tiny_neox: Path) -> None:
+    found = inspect_model(str(tiny_neox))
+    assert found["energy"] is None
+    layouts = {layout["options"]: layout for layout in found["layouts"]}
+    base, same = layouts[""], layouts["--v-dim 32 --k-dim 32"]
+    assert base["bytes_per_token"] == found["kv_cache"]["base_bytes_per_token"]
+    assert same["reduction"] == 0.5
+    shape = ModelShape(**found["shape"])
+    planned = make_plan(shape, v_dim=32, k_dim=32)
+    assert same["bytes_per_token"] == planned.bytes_per_token
+    assert same["folded"]["weights"] < same["per_head"]["weights"]
+    assert any(engine["serves"] for engine in same["serving"])
+
+
+@pytest.fixture
+def gains_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gains(base: Any, statistics: Any, start: Any, groups: Any = None) -> Any:
+        return model_gains(base.shape)
+
+    monkeypatch.setattr("vdcompress.gains.gains", gains)
+
+
+@pytest.mark.usefixtures("gains_at_hand")
+def test_energy_is_shown_and_drawn(
+    vdcompress: Vdcompress, tiny_neox: Path, text_file: Path
+) -> None:
+    arguments = ("inspect", tiny_neox, "--data", text_file, *SMALL, "-o", "energy.png")
+    ended = vdcompress(*arguments)
+    assert ended.code == 0, ended.err
+    for words in ("energy kept", "rotary", "drawn in energy.png"):
+        assert words in ended.out
+    assert Path("energy.png").read_bytes().startswith(b"\x89PNG")
+    again = vdcompress(*arguments)
+    assert again.code == 2
+    assert "energy.png exists already" in again.err
+    found = vdcompress(*arguments, "--force", "--json").json
+    assert found["plot"] == "energy.png"
+    assert found["calibration"]["samples"] == 8
+    assert len(found["energy"]) == 2 * 2 * 3
+    assert len(found["frequencies"][0]) == 2
+
+
+@pytest.mark.usefixtures("gains_at_hand")
+def test_whole_rotary_heads_have_no_table_of_frequencies(
+    vdcompress: Vdcompress, tiny_llama: Path, text_file: Path
+) -> None:
+    ended = vdcompress("inspect", tiny_llama, "--data", text_file, *SMALL)
+    assert ended.code == 0, ended.err
+    assert "energy kept" in ended.out
+    assert "rotary frequencies" not in " ".join(ended.out.split())
+    assert list(Path().iterdir()) == []
+
+
+def test_a_plot_needs_text_and_a_folder(
+    vdcompress: Vdcompress, tiny_neox: Path, text_file: Path
+) -> None:
+    without = vdcompress("inspect", tiny_neox, "-o", "energy.png")
+    assert without.code == 2
+    assert "--data" in without.err
+    nowhere = vdcompress("inspect", tiny_neox, "--data", text_file, "-o", "no/energy.png")
+    assert nowhere.code == 2
+    assert "there is no folder no" in nowhere.err
+
+
+def test_a_base_shows_who_serves_which_layout(vdcompress: Vdcompress, tiny_neox: Path) -> None:
+    ended = vdcompress("inspect", tiny_neox)
+    for words in ("served by", "--groups 1 --v-dim 24 --k-dim 24", "one per head", "FLASH_ATTN"):
+        assert words in ended.out
+
+
+def test_a_run_shows_what_attention_costs(vdcompress: Vdcompress, tiny_run: Path) -> None:
+    ended = vdcompress("inspect", tiny_run)
+    assert "operations per new token" in ended.out
+    found = vdcompress("inspect", tiny_run, "--json").json
+    assert found["cost"]["compressed"]["weights"] < found["cost"]["base"]["weights"]

@@ -28,57 +28,65 @@ from vdcompress.repair import needs_repair, repair
 from vdcompress.request import Request
 from vdcompress.rewrite import rewrite
 
-FISHER = Start("fisher", "local", 2)
-STARTS = (
+FISHER = Start("fisher", "local", 4)
+TEXTBOOK = (
     Start("random", "none", 0),
     Start("svd", "none", 0),
     Start("pca", "none", 0),
     Start("optimal", "none", 0),
     Start("fisher", "none", 0),
-    Start("random", "local", 2),
-    Start("svd", "local", 2),
-    Start("pca", "local", 2),
-    Start("optimal", "local", 2),
-    FISHER,
 )
-REPAIRS = (Start("fisher", "none", 2), Start("fisher", "local", 0), Start("fisher", "local", 6))
+OURS = (FISHER,)
+REPAIRS = (
+    Start("svd", "local", 4),
+    Start("pca", "local", 4),
+    Start("optimal", "local", 4),
+    Start("fisher", "none", 4),
+    Start("fisher", "local", 0),
+)
+EVERY = (*TEXTBOOK, *REPAIRS, *OURS)
+RIVALS = (Start("svd", "none", 0), Start("pca", "none", 0), Start("pca", "local", 4), *OURS)
 
 Asked = dict[str, Any]
 PYTHIA: tuple[tuple[Asked, tuple[Start, ...]], ...] = (
-    ({"v_dim": 320}, (Start("optimal", "local", 2), FISHER)),
-    ({"v_dim": 320, "allocation": "layers"}, (Start("optimal", "local", 2), FISHER)),
-    ({"k_dim": 320}, (*STARTS, *REPAIRS)),
-    ({"v_dim": 320, "k_dim": 320}, (*STARTS, *REPAIRS)),
-    ({"v_dim": 320, "k_dim": 320, "allocation": "layers"}, STARTS),
-    ({"v_dim": 256, "k_dim": 256}, (FISHER,)),
-    ({"v_dim": 256, "k_dim": 256, "allocation": "layers"}, (FISHER,)),
-    ({"v_dim": 320, "groups": 1}, STARTS),
-    ({"v_dim": 256, "groups": 1}, (FISHER,)),
-    ({"v_dim": 192, "groups": 1}, STARTS),
-    ({"v_dim": 128, "groups": 1}, (FISHER,)),
-    ({"k_dim": 256, "groups": 1}, (FISHER,)),
-    ({"k_dim": 192, "groups": 1}, (FISHER,)),
-    ({"k_dim": 192, "k_rotary_dim": 64, "groups": 1}, (FISHER,)),
-    ({"k_dim": 192, "k_rotary_dim": 96, "groups": 1}, (FISHER,)),
-    ({"v_dim": 192, "k_dim": 192, "groups": 1}, (*STARTS, *REPAIRS)),
-    ({"v_dim": 192, "k_dim": 192, "groups": 1, "allocation": "layers"}, (FISHER,)),
-    ({"v_dim": 256, "k_dim": 256, "groups": 2}, STARTS),
-    ({"v_dim": 256, "k_dim": 256, "groups": 4}, (FISHER,)),
-    ({"v_dim": 128, "k_dim": 128, "groups": 1}, (FISHER,)),
-    ({"kv_budget": 0.75}, (FISHER,)),
-    ({"kv_budget": 0.5}, STARTS),
-    ({"kv_budget": 0.5, "allocation": "uniform"}, (FISHER,)),
-    ({"kv_budget": 0.5, "groups": 8}, (FISHER,)),
-    ({"kv_budget": 0.5, "target": "vllm"}, (FISHER,)),
-    ({"kv_budget": 0.375}, (FISHER,)),
-    ({"kv_budget": 0.25}, (FISHER,)),
+    ({"v_dim": 320}, (Start("optimal", "local", 2), *OURS)),
+    ({"v_dim": 320, "allocation": "layers"}, (Start("optimal", "local", 2), *OURS)),
+    ({"k_dim": 320}, EVERY),
+    ({"v_dim": 320, "k_dim": 320}, EVERY),
+    ({"v_dim": 320, "k_dim": 320, "allocation": "layers"}, EVERY),
+    ({"v_dim": 256, "k_dim": 256}, OURS),
+    ({"v_dim": 256, "k_dim": 256, "allocation": "layers"}, OURS),
+    ({"v_dim": 320, "groups": 1}, EVERY),
+    ({"v_dim": 256, "groups": 1}, OURS),
+    ({"v_dim": 192, "groups": 1}, OURS),
+    ({"v_dim": 128, "groups": 1}, OURS),
+    ({"k_dim": 256, "groups": 1}, OURS),
+    ({"k_dim": 192, "groups": 1}, OURS),
+    ({"k_dim": 192, "k_rotary_dim": 64, "groups": 1}, OURS),
+    ({"k_dim": 192, "k_rotary_dim": 96, "groups": 1}, OURS),
+    ({"v_dim": 192, "k_dim": 192, "groups": 1}, EVERY),
+    ({"v_dim": 192, "k_dim": 192, "groups": 1, "allocation": "layers"}, OURS),
+    ({"v_dim": 256, "k_dim": 256, "groups": 2}, EVERY),
+    ({"v_dim": 256, "k_dim": 256, "groups": 4}, OURS),
+    ({"v_dim": 128, "k_dim": 128, "groups": 1}, OURS),
+    ({"kv_budget": 0.75}, OURS),
+    ({"kv_budget": 0.5}, EVERY),
+    ({"kv_budget": 0.5, "allocation": "uniform"}, OURS),
+    ({"kv_budget": 0.5, "groups": 8}, OURS),
+    ({"kv_budget": 0.5, "target": "vllm"}, OURS),
+    ({"kv_budget": 0.375}, OURS),
+    ({"kv_budget": 0.25}, OURS),
 )
-LLAMA = tuple(
-    ({side: width for side in sides} | groups, STARTS)
-    for sides in (("v_dim",), ("k_dim",), ("v_dim", "k_dim"))
-    for width in (80, 64)
-    for groups in ({}, {"groups": 1})
-) + (({"kv_budget": 0.5}, STARTS), ({"kv_budget": 0.625}, STARTS))
+LLAMA: tuple[tuple[Asked, tuple[Start, ...]], ...] = (
+    *(
+        (dict.fromkeys(sides, width) | groups, RIVALS)
+        for sides in (("v_dim",), ("k_dim",), ("v_dim", "k_dim"))
+        for width in (80, 64)
+        for groups in ({}, {"groups": 1})
+    ),
+    ({"kv_budget": 0.625}, OURS),
+    ({"kv_budget": 0.5}, OURS),
+)
 MODELS = {"pythia-70m-standin": PYTHIA, "llama-32m-standin": LLAMA}
 
 
@@ -141,7 +149,9 @@ def main() -> None:
             total = sum(row["predicted"].values())
             words = f"{start.initializer} {start.refit} {start.alternate}"
             print(asked, words, figures, f"kl {kl} predicted {total:.4f}", flush=True)
-            path = record.write(options.name or f"keys-and-groups-{options.model}", body, out=options.out)
+            path = record.write(
+                options.name or f"keys-and-groups-{options.model}", body, out=options.out
+            )
     print(path)
 
 

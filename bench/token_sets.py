@@ -2,7 +2,7 @@
 
     VDCOMPRESS_STANDINS=... python bench/token_sets.py tokens.npz
 
-A machine with a GPU then needs the checkpoints and this file, no text: VDCOMPRESS_TOKENS=tokens.npz.
+A machine with a GPU then needs the checkpoints and this file, named by VDCOMPRESS_TOKENS, no text.
 Everything that calibrates is drawn from the training part of the training text; ``held-out books``
 and ``held-out docs`` from its held-out part, to choose by; the three texts are only for measuring.
 """
@@ -56,9 +56,7 @@ def make(usual_only: bool = False) -> dict[str, torch.Tensor]:
         sets[name] = tokenise(rows, tokenizer, limit=HELD_OUT_WINDOWS * WINDOW + 1)
 
     def draw(text: Iterator[str], count: int, seed: int) -> torch.Tensor:
-        return draw_windows(
-            text, tokenizer, count=count, length=WINDOW, seed=seed, balance=BALANCE
-        )
+        return draw_windows(text, tokenizer, count=count, length=WINDOW, seed=seed, balance=BALANCE)
 
     source = Source.parse(str(standins.training_text()))
     sets[CALIBRATION] = draw(iter(documents(source, "training")), USUAL, 0)
@@ -84,5 +82,7 @@ def _rows(kind: str, role: str) -> Iterator[str]:
 
 if __name__ == "__main__":
     made = make()
-    np.savez(Path(sys.argv[1]), **{name: ids.numpy().astype(np.uint16) for name, ids in made.items()})
+    np.savez(
+        Path(sys.argv[1]), **{name: ids.numpy().astype(np.uint16) for name, ids in made.items()}
+    )
     print({name: tuple(ids.shape) for name, ids in made.items()})

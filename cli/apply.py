@@ -73,7 +73,10 @@ def apply(
     ] = None,
     initializer: Annotated[
         str | None,
-        typer.Option(help="optimal, pca, svd or random.", rich_help_panel=o.WHAT),
+        typer.Option(
+            help="fisher, optimal, pca, svd or random.",
+            rich_help_panel=o.WHAT,
+        ),
     ] = None,
     refit: Annotated[
         o.Refit | None,

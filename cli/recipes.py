@@ -70,6 +70,7 @@ def check(name: Name, json: o.Json = False) -> None:
         from vdcompress.recipe import load_recipe
 
         recipe = load_recipe(name)
-        initializers.get(recipe.start.initializer)
+        if recipe.start.initializer is not None:
+            initializers.get(recipe.start.initializer)
         document = {"schema": 1, "command": "recipes check", "name": str(name), "sound": True}
         out.result(document, f"{name}: sound")

@@ -108,10 +108,10 @@ def _hint_at_sharing(out: Output, found: Document) -> None:
     if shared is None:
         out.note("with --groups 1 the same bytes hold one latent that all heads share")
         return
-    loss = shared["predicted_loss"]
+    left_out = shared["left_out"]
     out.note(
-        f"predicted loss per token: {loss['per_head']:.4f} nats with a latent for each head, "
-        f"{loss['shared']:.4f} with one for all in the same bytes (--groups 1)"
+        f"a latent for each head leaves out {left_out['per_head']:.2%} of what attention writes; "
+        f"one for all heads leaves out {left_out['shared']:.2%} in the same bytes (--groups 1)"
     )
 
 

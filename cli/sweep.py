@@ -57,7 +57,7 @@ def sweep(
             help="transformers, vllm: what it is for.",
         ),
     ] = None,
-    initializer: Annotated[str | None, listed("optimal, pca, svd, random.")] = None,
+    initializer: Annotated[str | None, listed("fisher, optimal, pca, svd, random.")] = None,
     refit: Annotated[str | None, listed(f"{', '.join(o.Refit)}.")] = None,
     revision: Annotated[
         str | None,

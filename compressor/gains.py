@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vdcompress.statistics import LayerStatistics, Statistics
 
 
+NEEDS = frozenset({"values", "keys", "value_gradients", "key_gradients"})
+
+
 @dataclass(frozen=True)
 class LayerGains:
     """What one layer loses, in nats per token, by what its latents leave out.

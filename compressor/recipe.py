@@ -55,9 +55,10 @@ class PlanSection(Section):
 
 
 class StartSection(Section):
-    """How compressed weights are found; null takes the initialiser's own default."""
+    """How compressed weights are found; null takes the initialiser's own default,
+    and of initialisers the one that suits the plan."""
 
-    initializer: str = "optimal"
+    initializer: str | None = None
     refit: Literal["none", "local", "sequential"] | None = None
     alternate: Annotated[int, Field(ge=0)] | None = None
     seed: Seed = 0

@@ -68,6 +68,16 @@ class Request:
             return self.kv_budget is not None and self.target != VLLM
         return self.allocation == LAYERS
 
+    @property
+    def default_initializer(self) -> str:
+        """Return what finds latents where nobody says.
+
+        ``optimal`` is as good as ``fisher`` for V with a latent for each head, and needs no
+        gradients; for keys and shared latents the loss's own metric is far ahead.
+        """
+        plain = self.k_dim is None and self.kv_budget is None and not self.by_layer
+        return "optimal" if plain and self.v_groups is None else "fisher"
+
     def needs_gains(self, shape: ModelShape) -> bool:
         """Say whether the plan depends on calibrated gains, not on the shape alone."""
         if self.kv_budget is not None or self.by_layer:

@@ -64,9 +64,7 @@ def rewrite(
     return model.eval()
 
 
-def needed_statistics(
-    start: Start, shape: ModelShape, plan: Plan | None = None
-) -> frozenset[str]:
+def needed_statistics(start: Start, shape: ModelShape, plan: Plan | None = None) -> frozenset[str]:
     """Return which statistics :func:`rewrite` will read.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vdcompress.errors import PlanError
+from vdcompress.calibrate import PULLS
 from vdcompress.events import OnEvent, Progress, ignore
 from vdcompress.layerwise import (
     CalibratedLayer,
@@ -20,7 +20,6 @@ from vdcompress.load import BaseConfig
 from vdcompress.plan import Plan
 from vdcompress.rewrite import layer_state, needed_statistics, require_supported
 from vdcompress.shards import Checkpoint, ShardWriter
-from vdcompress.statistics import LayerStatistics, Statistics
 
 
 def write_compressed(
@@ -64,7 +63,7 @@ def write_compressed(
         ShardWriter(folder, left, storage, max_shard_size) as writer,
     ):
         stack.embed(windows, hidden)
-        needs = needed_statistics(plan.start, plan.shape)
+        needs = needed_statistics(plan.start, plan.shape, plan) - {PULLS}
         for layer in calibrate_layers(stack, base.family, hidden, needs):
             for name, tensor in _rewritten(base, plan, layer).items():
                 writer.write(name, tensor)
@@ -88,9 +87,7 @@ def compressed_stack(base: BaseConfig, plan: Plan, folder: Path, device: str = "
     return Stack(model, family.layers_prefix(), Checkpoint(folder), device)
 
 
-def _rewritten(
-    base: BaseConfig, plan: Plan, layer: CalibratedLayer
-) -> dict[str, Tensor]:
+def _rewritten(base: BaseConfig, plan: Plan, layer: CalibratedLayer) -> dict[str, Tensor]:
     """Return the new tensors of one layer's attention, by their names in the compressed model."""
     weights = base.family.weights(layer.attention)
     return layer_state(base, plan, layer.index, weights, layer.statistics)

@@ -89,7 +89,9 @@ class LayerStatistics:
         """
         found = getattr(self, name)
         if found is None:
-            raise UsageError(f"the statistics hold no {name}", f"calibrate(..., needs={{{name!r}}})")
+            raise UsageError(
+                f"the statistics hold no {name}", f"calibrate(..., needs={{{name!r}}})"
+            )
         assert isinstance(found, Moments)
         return found
 

@@ -14,11 +14,11 @@ from sklearn.linear_model import LinearRegression
 from torch import Tensor
 
 from vdcompress import initializers
-from vdcompress.calibrate import calibrate
+from vdcompress.calibrate import EVERYTHING, calibrate
 from vdcompress.errors import UsageError
-from vdcompress.initializers.base import Latents, ValueProblem, ValueWeights, fold
-from vdcompress.initializers.optimal import best_encoder, regression_decoder
-from vdcompress.initializers.refit import refit
+from vdcompress.latents.lowrank import best_encoder, regression_decoder
+from vdcompress.latents.refit import refit
+from vdcompress.latents.values import Latents, ValueProblem, ValueWeights, fold
 from vdcompress.load import Base
 from vdcompress.plan import Start, make_plan
 from vdcompress.rewrite import rewrite
@@ -72,7 +72,7 @@ def make_layer(
         dim=1,
     )
     seen = {"values": MomentSum(), "outputs": MomentSum()}
-    seen["values"].add(values)
+    seen["values"].add(values.flatten(1))
     seen["outputs"].add(outputs.flatten(1))
     statistics = LayerStatistics(**{name: total.moments() for name, total in seen.items()})
     generator = torch.Generator().manual_seed(1)
@@ -132,7 +132,8 @@ def test_defaults_can_run(name: str) -> None:
     initializer = initializers.get(name)
     assert initializer.default_refit in ("none", "local")
     assert initializer.default_alternate >= 0
-    assert initializer.needs <= {"values", "outputs"}
+    assert initializer.needs <= EVERYTHING
+    assert initializer.key_needs <= EVERYTHING
 
 
 def test_unknown_names_are_refused() -> None:

@@ -1,8 +1,8 @@
 """The K path of one layer: latents of keys and the queries that read them.
 
-Letters as in :mod:`vdcompress.latents.values`; P kept rotary pairs per latent. A query meets a key in
-q^T k only, so with k ~ mu + D E (k - mu) the query becomes D_h^T q: the constant q^T mu is the same
-for every key and the softmax does not see it. Nothing is rebuilt at run time.
+Letters as in :mod:`vdcompress.latents.values`; P kept rotary pairs per latent. A query meets a
+key in q^T k only, so with k ~ mu + D E (k - mu) the query becomes D_h^T q: the constant q^T mu is
+the same for every key and the softmax does not see it. Nothing is rebuilt at run time.
 
 Families that rotate a part of each head get folded projections: the unrotated dimensions are mixed
 freely, the rotated ones within each frequency (:mod:`vdcompress.latents.rotary`). Families that

@@ -1,9 +1,10 @@
 """Weighted low-rank approximation: the one optimum that every latent is an instance of.
 
 A latent keeps r of n directions of x. What reads it weighs an error e by e^H M e, and x has the
-covariance C, so with P = I - D E the damage is tr(M P C P^H). Its minimum keeps the leading singular
-directions of M^(1/2) C^(1/2) (Eckart-Young), whatever M and C are: the initialisers differ in them
-alone. All functions take real or complex matrices, float64, with any leading batch dimensions.
+covariance C, so with P = I - D E the damage is tr(M P C P^H). Its minimum keeps the leading
+singular directions of M^(1/2) C^(1/2) (Eckart-Young), whatever M and C are: the initialisers
+differ in them alone. All functions take real or complex matrices, float64, with any leading batch
+dimensions.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ class Pairs:
     decoder: Tensor
 
 
-def solve(
-    metric: KeyMetric, frequencies: tuple[int, ...], rotary_dim: int, joined: int
-) -> Pairs:
+def solve(metric: KeyMetric, frequencies: tuple[int, ...], rotary_dim: int, joined: int) -> Pairs:
     """Keep the best virtual heads of each frequency.
 
     Args:

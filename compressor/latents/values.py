@@ -67,7 +67,7 @@ class ValueProblem:
         return self.statistics.require("outputs")
 
     def head_rows(self, stacked: Tensor) -> Tensor:
-        """Return each query head's rows [H, d, ...] of what has a latent's stacked rows [g, n, ...]."""
+        """Return each query head's rows [H, d, ...] of what has stacked rows [g, n, ...]."""
         kv_heads = stacked.unflatten(1, (self.joined, -1)).flatten(0, 1)
         return per_head(kv_heads, self.sharing // self.joined)
 

@@ -21,19 +21,18 @@ from vdcompress.pipeline.document import (
     peak_memory,
 )
 from vdcompress.pipeline.measure import measure
-from vdcompress.pipeline.planning import Planned, plan_measured, with_shared_hint
+from vdcompress.pipeline.planning import Planned, needed, plan_measured, with_shared_hint
+from vdcompress.pipeline.rewriting import compressed_model
 from vdcompress.pipeline.settings import (
     checked_request,
     plan_of,
     request_of,
     settle,
-    start_of,
 )
 from vdcompress.pipeline.streaming import apply_streaming, exceeds
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.report import model_card
-from vdcompress.rewrite import needed_statistics, rewrite
 from vdcompress.statistics import Statistics
 
 
@@ -238,7 +237,7 @@ def calibrated(opened: Opened, windows: text.Windows, on_event: OnEvent) -> Cali
     """Measure a base, and make the plan if it waited for that."""
     base, recipe = opened.base, opened.recipe
     with Stopwatch(on_event).stage("calibrate", len(windows.tokens)):
-        needs = needed_statistics(start_of(recipe), base.shape)
+        needs = needed(recipe, base.shape, opened.plan)
         statistics = calibrate(base, windows.tokens, needs=needs, on_event=on_event)
     if opened.plan is None:
         planned = plan_measured(base, recipe, statistics, on_event)
@@ -249,9 +248,8 @@ def calibrated(opened: Opened, windows: text.Windows, on_event: OnEvent) -> Cali
 
 def rewritten(found: Calibrated, on_event: OnEvent) -> Compressed:
     """Rewrite a base as its plan says."""
-    base, plan = found.opened.base, found.planned.plan
-    with Stopwatch(on_event).stage("rewrite", plan.shape.layers):
-        model = rewrite(base, plan, found.statistics, on_event=on_event)
+    base, plan, tokens = found.opened.base, found.planned.plan, found.windows.tokens
+    model = compressed_model(base, plan, found.statistics, tokens, on_event)
     return Compressed.of(base, plan, model, calibration=found.windows.digest)
 
 

@@ -18,11 +18,10 @@ from vdcompress.load import Base, BaseConfig, load, load_config
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.pipeline.document import SCHEMA, cost
 from vdcompress.pipeline.results import read_results
-from vdcompress.pipeline.settings import settle, start_of
+from vdcompress.pipeline.settings import settle
 from vdcompress.pipeline.text import calibration_windows
 from vdcompress.plan import ModelShape, Plan, make_plan
 from vdcompress.recipe import Recipe, model_of
-from vdcompress.rewrite import needed_statistics
 from vdcompress.standard_layouts import Standard, standard_layouts
 
 
@@ -73,16 +72,15 @@ def measured_gains(
     """Load and calibrate a base and measure the gains of every number of groups."""
     config = load_config(model_of(recipe), revision=recipe.revision)
     settled = settle(recipe, config.config, on_event)
-    watch, start = Stopwatch(on_event), start_of(settled)
+    watch = Stopwatch(on_event)
     with watch.stage("load"):
         base = load(model_of(settled), revision=settled.revision, device=device)
     with watch.stage("read text"):
         windows = calibration_windows(settled, base.tokenizer)
     with watch.stage("calibrate", len(windows.tokens)):
-        needs = needed_statistics(start, base.shape)
-        statistics = calibrate(base, windows.tokens, needs=needs, on_event=on_event)
+        statistics = calibrate(base, windows.tokens, needs=gains.NEEDS, on_event=on_event)
     with watch.stage("energy"):
-        return base, settled, gains.gains(base, statistics, start)
+        return base, settled, gains.gains(base.shape, statistics)
 
 
 def _compressed(folder: Path) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vdcompress import gains as measured
 from vdcompress.allocate import predicted_loss
 from vdcompress.budget import divisors
-from vdcompress.errors import VDCompressError
 from vdcompress.events import OnEvent, Stopwatch, ignore
 from vdcompress.pipeline.settings import checked_request, plan_of, start_of
 from vdcompress.plan import ModelShape, Plan
 from vdcompress.recipe import Recipe
 from vdcompress.request import Request
+from vdcompress.rewrite import needed_statistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +33,8 @@ class Planned:
     Attributes:
         plan: the plan.
         predicted: JSON: ``total`` nats per token, by part, and by layer and part.
-        shared: JSON: what the same bytes of V lose per head and in one latent of all heads.
+        shared: JSON: which share of the attention's output the same bytes of V leave out, per head
+            and in one latent of all heads; the mean over layers.
     """
 
     plan: Plan
@@ -57,7 +59,7 @@ def plan_measured(
     shape, request = base.shape, checked_request(recipe, base.shape)
     with Stopwatch(on_event).stage("plan"):
         counts = group_counts(request, shape)
-        gains = measured.gains(base, statistics, start_of(recipe), counts)
+        gains = measured.gains(shape, statistics, counts)
         plan = plan_of(recipe, shape, on_event, gains)
     return Planned(plan, predicted(plan, gains))
 
@@ -67,24 +69,28 @@ def with_shared_hint(
 ) -> Planned:
     """Add what a bare ``--v-dim`` would lose in one latent of all heads, where that is cheap."""
     shape, request = base.shape, checked_request(recipe, base.shape)
-    if not wants_hint(request, shape):
+    if not wants_hint(request, shape) or statistics.layers[0].values is None:
         return planned
     with Stopwatch(on_event).stage("compare"):
-        try:
-            found = measured.gains(base, statistics, start_of(recipe), (1, shape.kv_heads))
-        except VDCompressError:
-            return planned
-    width = request.v_dim or 0
-    per_head = sum(layer.v[shape.kv_heads][width // shape.kv_heads] for layer in found)
-    shared = {
-        "v_groups": 1,
-        "v_dim": width,
-        "predicted_loss": {
-            "per_head": per_head,
-            "shared": sum(layer.v[1][width] for layer in found),
-        },
+        found = measured.output_shares(base, statistics, (1, shape.kv_heads))
+    width, heads = request.v_dim or 0, shape.kv_heads
+    left_out = {
+        "per_head": fmean(layer[heads][width // heads] for layer in found),
+        "shared": fmean(layer[1][width] for layer in found),
     }
-    return Planned(planned.plan, predicted(planned.plan, found), shared)
+    return replace(planned, shared={"v_groups": 1, "v_dim": width, "left_out": left_out})
+
+
+def needed(recipe: Recipe, shape: ModelShape, plan: Plan | None) -> frozenset[str]:
+    """Return which statistics planning and rewriting will read.
+
+    Args:
+        recipe: settled.
+        shape: of the base.
+        plan: what is known already; None where it waits for the statistics.
+    """
+    needs = needed_statistics(start_of(recipe), shape, plan)
+    return needs if plan is not None else needs | measured.NEEDS
 
 
 def wants_hint(request: Request, shape: ModelShape) -> bool:

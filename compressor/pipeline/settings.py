@@ -26,10 +26,12 @@ def settle(recipe: Recipe, config: Any, on_event: OnEvent = ignore) -> Recipe:
         config: of the base model; ``max_position_embeddings`` bounds every ``seq_len``.
         on_event: warned of a length that was asked for and is cut.
     """
-    initializer = initializers.get(recipe.start.initializer)
     start = recipe.start
+    name = start.initializer or request_of(recipe).default_initializer
+    initializer = initializers.get(name)
     values: dict[str, Any] = {
         "model": model_of(recipe),
+        "start.initializer": name,
         "start.refit": start.refit or initializer.default_refit,
         "start.alternate": start.alternate,
     }
@@ -57,7 +59,7 @@ def start_of(recipe: Recipe) -> Start:
     """Return the ``start`` section of a settled recipe as the core takes it."""
     section = recipe.start
     return Start(
-        initializer=section.initializer,
+        initializer=section.initializer or request_of(recipe).default_initializer,
         refit=section.refit or "none",
         alternate=section.alternate or 0,
         seed=section.seed,

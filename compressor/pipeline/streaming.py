@@ -15,16 +15,18 @@ from vdcompress.artifact import (
     write_companions,
     write_config,
 )
+from vdcompress.calibrate import GRADIENTS
 from vdcompress.errors import UsageError
 from vdcompress.evaluate_layerwise import evaluate_stacks
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.load import BaseConfig, fetch, load_config, read_tokenizer
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import Timed, document, environment, judged, peak_memory
-from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle
+from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle, start_of
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.report import model_card
+from vdcompress.rewrite import needed_statistics
 from vdcompress.rewrite_layerwise import base_stack, compressed_stack, write_compressed
 
 if TYPE_CHECKING:
@@ -129,7 +131,8 @@ class _Job:
 def _open(recipe: Recipe, max_memory: int, device: str, on_event: OnEvent) -> _Job:
     """Settle recipe and plan, find the files and read the texts."""
     config = load_config(model_of(recipe), revision=recipe.revision)
-    settled = settle(recipe, config.config, on_event)
+    named = recipe.merged({"start.initializer": recipe.start.initializer or "optimal"})
+    settled = settle(named, config.config, on_event)
     _require_streamable(settled, config)
     plan = plan_of(settled, config.shape, on_event)
     needed = LAYER_COPIES * FLOAT32_BYTES * _layer_numbers(config)
@@ -157,6 +160,13 @@ def _require_streamable(recipe: Recipe, config: BaseConfig) -> None:
         raise UsageError(
             "this plan needs the gains of the whole model, which --max-memory keeps out of memory",
             "name widths that need none (--v-dim, --k-dim, --k-rotary-dim), or allow more memory",
+        )
+    start = start_of(recipe)
+    if needed_statistics(start, config.shape) & GRADIENTS:
+        raise UsageError(
+            f"{start.initializer} needs gradients through the whole model, which --max-memory "
+            "keeps out of memory",
+            "take --initializer optimal, or allow more memory",
         )
     if recipe.start.refit == "sequential":
         raise UsageError(

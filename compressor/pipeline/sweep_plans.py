@@ -72,7 +72,7 @@ def label(recipe: Recipe) -> str:
     words = [f"{SHORT[name]}{section[name]:g}" for name in SHORT if name in section]
     words += [str(value) for name, value in section.items() if name not in SHORT]
     start = recipe.start
-    words.append(start.initializer)
+    words += [start.initializer] if start.initializer is not None else []
     words += [start.refit] if start.refit is not None else []
     words += [f"alternate{start.alternate}"] if start.alternate is not None else []
     return "-".join(words)

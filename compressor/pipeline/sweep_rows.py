@@ -23,14 +23,14 @@ from vdcompress.events import (
 from vdcompress.load import Base
 from vdcompress.pipeline.document import SCHEMA, cost, parameters
 from vdcompress.pipeline.measure import Measured, measure
-from vdcompress.pipeline.planning import Planned, group_counts, predicted
-from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle, start_of
+from vdcompress.pipeline.planning import Planned, group_counts, needed, predicted
+from vdcompress.pipeline.rewriting import compressed_model
+from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle
 from vdcompress.pipeline.sweep_plans import label
 from vdcompress.pipeline.text import Windows, evaluation_data
-from vdcompress.plan import ModelShape, Start
+from vdcompress.plan import ModelShape
 from vdcompress.quantized_reference import INT4, INT8, QuantizedCache, evaluate_quantized
 from vdcompress.recipe import Recipe
-from vdcompress.rewrite import needed_statistics, rewrite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ class Work:
         windows: tokens that calibrate, with their digest.
         tokens: that measure, [n].
         statistics: of all that any row reads.
-        gains: found so far, by start and numbers of latents.
+        gains: found so far, by numbers of latents.
     """
 
     base: Base
@@ -72,7 +72,7 @@ class Work:
     windows: Windows
     tokens: Tensor
     statistics: Statistics
-    gains: dict[tuple[Start, tuple[int, ...]], tuple[LayerGains, ...]] = field(default_factory=dict)
+    gains: dict[tuple[int, ...], tuple[LayerGains, ...]] = field(default_factory=dict)
 
     def planned(self, recipe: Recipe, on_event: OnEvent) -> Planned:
         """Plan a settled recipe; gains are measured once for all plans that read the same.
@@ -80,12 +80,12 @@ class Work:
         Raises:
             PlanError: what it asks for does not fit the model.
         """
-        shape, request, start = self.base.shape, request_of(recipe), start_of(recipe)
+        shape, request = self.base.shape, request_of(recipe)
         if not request.needs_gains(shape):
             return Planned(plan_of(recipe, shape, on_event))
-        key = (start, group_counts(request, shape))
+        key = group_counts(request, shape)
         if key not in self.gains:
-            self.gains[key] = losses.gains(self.base, self.statistics, *key)
+            self.gains[key] = losses.gains(shape, self.statistics, key)
         plan = plan_of(recipe, shape, on_event, self.gains[key])
         return Planned(plan, predicted(plan, self.gains[key]))
 
@@ -160,13 +160,14 @@ class Variant:
 
     def needs(self, shape: ModelShape) -> frozenset[str]:
         """Return which moments it reads."""
-        return needed_statistics(start_of(self.recipe), shape)
+        waits = checked_request(self.recipe, shape).needs_gains(shape)
+        return needed(self.recipe, shape, None if waits else plan_of(self.recipe, shape))
 
     def figures(self, work: Work, on_event: OnEvent) -> Json:
         """Plan, rewrite and measure it."""
         base, planned = work.base, work.planned(self.recipe, on_event)
         plan = planned.plan
-        model = rewrite(base, plan, work.statistics, on_event=on_event)
+        model = compressed_model(base, plan, work.statistics, work.windows.tokens, on_event)
         compressed = Compressed.of(base, plan, model, calibration=work.windows.digest)
         measured: Measured = measure(compressed, base, work.tokens, work.recipe, on_event)
         described = {"plan": plan.to_json(), "predicted_loss": planned.predicted}

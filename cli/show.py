@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vdcompress import report
@@ -19,6 +20,7 @@ def show_plan(out: Output, found: Document) -> None:
         *_planned(found),
         report.summary(found),
         report.costs(found["cost"]),
+        *_prediction(found),
     )
     _hint_at_sharing(out, found)
 
@@ -98,6 +100,14 @@ def _planned(found: Document) -> list[Table]:
     plan, predicted = found["plan"], found.get("predicted_loss")
     tables = [report.layers(plan), report.frequencies(plan), report.spent(plan, predicted)]
     return [table for table in tables if table is not None]
+
+
+def _prediction(found: Document) -> list[str]:
+    """Say what the predicted loss means for perplexity, where there is one."""
+    if (predicted := found.get("predicted_loss")) is None:
+        return []
+    total = predicted["total"]
+    return [f"predicted: perplexity {math.expm1(total):+.2%} ({total:.4f} nats per token)"]
 
 
 def _hint_at_sharing(out: Output, found: Document) -> None:

@@ -60,6 +60,7 @@ def test_a_budget_is_planned_after_calibration_and_nothing_is_written(
     assert shown.code == 0, shown.err
     for words in ("predicted loss", "bytes per token", "nothing was written", "per token in the"):
         assert words in shown.out
+    assert f"({predicted['total']:.4f} nats per token)" in shown.out
     assert not Path("runs").exists()
 
 

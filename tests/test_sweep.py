@@ -19,6 +19,7 @@ from vdcompress.events import Event, RowEnded
 from vdcompress.frontier import frontier
 from vdcompress.pipeline import sweep as pipeline
 from vdcompress.pipeline import sweep_rows
+from vdcompress.pipeline.sweep_folder import RowError, SweepFolder
 from vdcompress.pipeline.sweep_plans import label, variants
 from vdcompress.recipe import Recipe
 from vdcompress.sweep_report import sweep_table, unmeasured_table
@@ -329,7 +330,7 @@ def test_what_only_calibration_tells_is_impossible_too(
     assert {row["state"] for row in ended.json["rows"]} == {"impossible"}
 
 
-@pytest.mark.parametrize("count", [0, 1, 4])
+@pytest.mark.parametrize("count", [0, 3])
 def test_an_interrupted_sweep_continues(
     swept: Swept,
     finished: dict[str, Any],
@@ -362,29 +363,39 @@ def test_an_interrupted_sweep_continues(
     assert figures(continued) == figures(finished)
 
 
+def test_a_damaged_row_is_measured_again(
+    swept: Swept, finished: dict[str, Any], measured: list[str]
+) -> None:
+    path = Path("s/rows/v32-pca.json")
+    path.write_bytes(path.read_bytes()[:1000])
+    ended = swept("--json")
+    assert ended.code == 0, ended.err
+    assert f"warning: {path} cannot be read; it is measured again" in ended.err
+    assert measured == ["v32-pca"]
+    assert figures(ended.json) == figures(finished)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        "",
-        "[]",
-        '{"row": "v32-pca", "state": "done"}',
-        "\udcff",
-        '{"row": "other", "kind": "plan", "state": "done", "settings": {}, '
-        '"kv_cache": {}, "perplexity": {}}',
-        '{"row": "v32-pca", "kind": "plan", "state": "done", "settings": {}, '
-        '"kv_cache": null, "perplexity": null}',
+        b"",
+        b"[]",
+        b"\xff",
+        b'{"row": "a", "state": "done"}',
+        b'{"row": "b", "kind": "plan", "state": "done", "settings": {}, "kv_cache": {"x": 1}, '
+        b'"perplexity": {"x": 1}}',
+        b'{"row": "a", "kind": "plan", "state": "done", "settings": {}, "kv_cache": null, '
+        b'"perplexity": null}',
     ],
 )
-def test_a_damaged_row_is_measured_again(
-    swept: Swept, finished: dict[str, Any], measured: list[str], damage: str
-) -> None:
-    Path("s/rows/v32-pca.json").write_bytes(damage.encode(errors="surrogateescape"))
-    ended = swept("--json")
-    assert ended.code == 0, ended.err
-    assert "v32-pca.json" in ended.err
-    assert "it is measured again" in ended.err
-    assert measured == ["v32-pca"]
-    assert figures(ended.json) == figures(finished)
+def test_what_is_no_row_is_not_taken_for_one(tmp_path: Path, damage: bytes) -> None:
+    folder = SweepFolder(tmp_path, {})
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.json").write_bytes(damage)
+    with pytest.raises(RowError, match=r"a\.json"):
+        folder.read("a", {})
+    assert folder.others(set()) == []
+    assert folder.finished() == 0
 
 
 @pytest.mark.usefixtures("finished")
@@ -640,7 +651,6 @@ def test_plans_are_plotted_by_latents_and_initialiser() -> None:
     assert plots.sweep(found).startswith(PNG)
 
 
-@pytest.mark.parametrize("perplexity", [10.0, 10.01, 9.5, 1e6])
+@pytest.mark.parametrize("perplexity", [10.0, 9.999, 1e9])
 def test_any_sweep_can_be_plotted(perplexity: float) -> None:
     assert plots.sweep(document([("v8-pca", 100, perplexity)], [])).startswith(PNG)
-    assert plots.sweep(document([], [("int8", 50, perplexity)])).startswith(PNG)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from vdcompress.calibrate import LayerSums, listening, require_finite
 from vdcompress.errors import ModelError
 from vdcompress.families.base import Family
+from vdcompress.memory import give_back
 from vdcompress.shards import Checkpoint
 from vdcompress.statistics import LayerStatistics
 
@@ -171,12 +172,14 @@ class Stack:
                 yield module
         finally:
             module.to("meta")
+            give_back()
 
     def forget_all_but(self, kept: nn.Module) -> None:
         """Drop the weights of the layer that :meth:`layer` holds, but those of one of its parts."""
         for module in self._parent.get_submodule(self._slot).modules():
             if kept not in module.modules() and module not in kept.modules():
                 module.to("meta")
+        give_back()
 
     def run(self, hidden: HiddenStates) -> Iterator[int]:
         """Pass all windows through the layer that :meth:`layer` holds; yields how many are done."""
@@ -197,12 +200,14 @@ class Stack:
         finally:
             for norm in self._norms.values():
                 norm.to("meta")
+            give_back()
 
     def head_blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
         """Yield so many rows of the output embeddings at a time, float32, and where they start."""
         size = rows * self.width * self.checkpoint.itemsize(self.head_name)
         for start, block in self.checkpoint.blocks(self.head_name, size):
             yield start, block.to(self.device, torch.float32)
+            give_back()
 
     def _through(self, states: Tensor) -> Tensor:
         output = self._body(inputs_embeds=states.to(self.device), use_cache=False)

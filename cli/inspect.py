@@ -41,6 +41,13 @@ def inspect(
             "the energy that latents of each width keep.",
         ),
     ] = None,
+    groups: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=o.DATA,
+            help="Latents per layer that are shown one by one; one per head.",
+        ),
+    ] = None,
     text_field: o.TextField = None,
     samples: o.Samples = None,
     seq_len: o.SeqLen = None,
@@ -95,7 +102,7 @@ def inspect(
         from vdcompress.pipeline.inspection import inspect_energy
 
         where = resolve_device(device)
-        found = inspect_energy(recipe, device=where, on_event=out.display)
+        found = inspect_energy(recipe, groups=groups, device=where, on_event=out.display)
         if output is not None:
             from vdcompress.plots_energy import energy
 

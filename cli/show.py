@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vdcompress import report
@@ -85,7 +86,7 @@ def show_inspection(out: Output, found: Document) -> None:
         )
         tables = [_widths(found), _layouts(found), _arithmetic(found), _capacity(found)]
         if found["energy"] is not None:
-            tables = list(filter(None, (_energy(found), _frequencies(found))))
+            tables = [_energy(found), _latents(found), *_frequencies(found)]
     else:
         title = f"{found['run']}: {model['id']} ({model['family']}), compressed"
         tables = [report.summary(found)] if found["parameters"] else []
@@ -145,29 +146,50 @@ def _widths(found: Document) -> Table:
 
 def _energy(found: Document) -> Table:
     """Return the energy kept at eighths of the base's width; all widths are in the JSON."""
-    shape = found["shape"]
-    full = shape["kv_heads"] * shape["head_dim"]
+    full = found["shape"]["kv_heads"] * found["shape"]["head_dim"]
     dims = [full * eighth // 8 for eighth in range(1, 8)]
     rows = []
     for row in found["energy"]:
-        kept = dict(zip(row["widths"], row["kept"], strict=True))
-        shares = [kept.get(dim / row["groups"]) for dim in dims]
-        cells = (report.NONE if share is None else f"{100 * share:.2f}" for share in shares)
-        rows.append((str(row["layer"]), row["side"].upper(), str(row["groups"]), *cells))
-    header = ("layer", "side", "latents", *(f"{dim}" for dim in dims))
+        if row["latent"] is None:
+            cells = _kept(row, [dim / row["groups"] for dim in dims])
+            rows.append((str(row["layer"]), row["side"].upper(), str(row["groups"]), *cells))
+    header = ("layer", "side", "latents", *map(str, dims))
     return Table("energy kept, %, by numbers per token of all latents", header, tuple(rows))
 
 
-def _frequencies(found: Document) -> Table | None:
-    """Return the share of K's rotary energy in each frequency, None where RoPE rotates it all."""
+def _latents(found: Document) -> Table:
+    """Return the energy that each latent keeps, of V and K, at eighths of its full width."""
+    alone = [row for row in found["energy"] if row["latent"] is not None]
+    full = alone[0]["widths"][-1]
+    widths = [full * eighth // 8 for eighth in range(1, 8)]
+    sides: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for row in alone:
+        cells = sides.setdefault((row["layer"], row["latent"]), {})
+        cells[row["side"]] = _kept(row, widths)
+    rows = tuple(
+        (str(layer), str(latent), *map(" / ".join, zip(cells["v"], cells["k"], strict=True)))
+        for (layer, latent), cells in sides.items()
+    )
+    each = "head" if alone[0]["groups"] == found["shape"]["kv_heads"] else "group"
+    title = f"energy kept of V / K, %, by width of each {each}'s latent"
+    return Table(title, ("layer", each, *map(str, widths)), rows)
+
+
+def _kept(row: Document, widths: Sequence[float]) -> list[str]:
+    kept = dict(zip(row["widths"], row["kept"], strict=True))
+    return [report.NONE if width not in kept else f"{100 * kept[width]:.1f}" for width in widths]
+
+
+def _frequencies(found: Document) -> list[Table]:
+    """Return the share of K's rotary energy in each frequency; none where RoPE rotates it all."""
     if not any(found["frequencies"]):
-        return None
+        return []
     header = ("layer", *(str(index) for index in range(len(found["frequencies"][0]))))
     rows = tuple(
         (str(layer), *(f"{100 * share:.1f}" for share in shares))
         for layer, shares in enumerate(found["frequencies"])
     )
-    return Table("rotary frequencies, % of K's energy, fastest first", header, rows)
+    return [Table("rotary frequencies, % of K's energy, fastest first", header, rows)]
 
 
 def _layouts(found: Document) -> Table:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from vdcompress.allocate import Keys, widths
@@ -25,6 +25,7 @@ class Energy:
         layer: its number.
         side: ``v`` or ``k``.
         groups: latents.
+        latent: which of them, None for all together at one width.
         widths: of one latent, ascending.
         kept: shares in [0, 1], one for each width.
     """
@@ -32,29 +33,46 @@ class Energy:
     layer: int
     side: str
     groups: int
+    latent: int | None
     widths: tuple[int, ...]
     kept: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        head = {"layer": self.layer, "side": self.side, "groups": self.groups}
-        return head | {"widths": list(self.widths), "kept": list(self.kept)}
+        return asdict(self)
 
 
 def energies(gains: Sequence[LayerGains]) -> tuple[Energy, ...]:
     """Return what every layer, side and number of groups keeps, layer by layer."""
-    found = []
-    for layer, gain in enumerate(gains):
-        for groups, losses in sorted(gain.v.items(), reverse=True):
-            allowed = widths(len(losses) - 1)
-            kept = _shares([losses[width] for width in allowed], losses[0])
-            found.append(Energy(layer, V, groups, allowed, kept))
-        for groups in sorted(gain.k_nope, reverse=True):
-            keys = Keys(gain, groups)
-            allowed = widths(keys.full)
-            kept = _shares([keys.best(width).loss for width in allowed], keys.best(0).loss)
-            found.append(Energy(layer, K, groups, allowed, kept))
-    return tuple(found)
+    return tuple(
+        energy for layer, gain in enumerate(gains) for energy in _energies(gain, layer, None)
+    )
+
+
+def latent_energies(gains: Sequence[Sequence[LayerGains]]) -> tuple[Energy, ...]:
+    """Return what every single latent keeps, layer by layer.
+
+    Args:
+        gains: of each latent of each layer.
+    """
+    return tuple(
+        energy
+        for layer, latents in enumerate(gains)
+        for latent, gain in enumerate(latents)
+        for energy in _energies(gain, layer, latent)
+    )
+
+
+def _energies(gain: LayerGains, layer: int, latent: int | None) -> Iterator[Energy]:
+    for groups, losses in sorted(gain.v.items(), reverse=True):
+        allowed = widths(len(losses) - 1)
+        kept = _shares([losses[width] for width in allowed], losses[0])
+        yield Energy(layer, V, groups, latent, allowed, kept)
+    for groups in sorted(gain.k_nope, reverse=True):
+        keys = Keys(gain, groups)
+        allowed = widths(keys.full)
+        kept = _shares([keys.best(width).loss for width in allowed], keys.best(0).loss)
+        yield Energy(layer, K, groups, latent, allowed, kept)
 
 
 def frequency_shares(gains: Sequence[LayerGains]) -> tuple[tuple[float, ...], ...]:

@@ -63,6 +63,23 @@ def gains(
     return tuple(_layer_gains(shape, layer, counts) for layer in statistics.layers)
 
 
+def latent_gains(
+    shape: ModelShape, statistics: Statistics, groups: int
+) -> tuple[tuple[LayerGains, ...], ...]:
+    """Return for each layer what each of its latents leaves out, which :func:`gains` adds up.
+
+    Args:
+        shape: of the model.
+        statistics: keys, values and the gradients by both.
+        groups: latents; as many as key/value heads for one each.
+    """
+    found = []
+    for layer in statistics.layers:
+        saved = _saved(shape, layer, groups)
+        found.append(tuple(_as_gains({groups: saved.of(latent)}) for latent in range(groups)))
+    return tuple(found)
+
+
 def output_shares(
     base: Base, statistics: Statistics, groups: Sequence[int]
 ) -> tuple[dict[int, tuple[float, ...]], ...]:
@@ -91,29 +108,67 @@ def output_shares(
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What each latent saves with each further direction, nats per token, descending.
+
+    Attributes:
+        v: [..., n].
+        k_nope: [..., n'].
+        k_rotary: [..., frequencies, heads of a latent]; None where RoPE rotates whole heads.
+    """
+
+    v: Tensor
+    k_nope: Tensor
+    k_rotary: Tensor | None
+
+    def of(self, latent: int) -> _Saved:
+        """Return one latent's."""
+        rotary = None if self.k_rotary is None else self.k_rotary[latent]
+        return _Saved(self.v[latent], self.k_nope[latent], rotary)
+
+    def total(self) -> _Saved:
+        """Return the sums over all latents, each of which keeps as much as the others."""
+        rotary = None if self.k_rotary is None else self.k_rotary.sum(0)
+        return _Saved(self.v.sum(0), self.k_nope.sum(0), rotary)
+
+
 def _layer_gains(
     shape: ModelShape, statistics: LayerStatistics, groups: Sequence[int]
 ) -> LayerGains:
+    return _as_gains({count: _saved(shape, statistics, count).total() for count in groups})
+
+
+def _saved(shape: ModelShape, statistics: LayerStatistics, groups: int) -> _Saved:
     values, keys = statistics.require("values"), statistics.require("keys")
     by_value = statistics.require("value_gradients")
     by_key = statistics.require("key_gradients")
     partial = shape.rotary_dim < shape.head_dim
-    v, k_nope, k_rotary = {}, {}, {}
-    for count in groups:
-        joined = shape.kv_heads // count
-        v[count] = _left_out(by_value.blocks(count).second, values.blocks(count).covariance, 0.5)
-        metric = KeyMetric(by_key.blocks(count).second, keys.blocks(count))
-        still = slice(shape.rotary_dim if partial else 0, None)
-        k_nope[count] = _left_out(*part_of(metric, joined, still), 0.5)
-        if partial:
-            saved = rotary.gains(metric, shape.rotary_dim, joined).sum(0) / 2
-            k_rotary[count] = tuple(_tails(row) for row in saved)
-    return LayerGains(v, k_nope, k_rotary)
+    joined = shape.kv_heads // groups
+    metric = KeyMetric(by_key.blocks(groups).second, keys.blocks(groups))
+    still = slice(shape.rotary_dim if partial else 0, None)
+    return _Saved(
+        v=lowrank.gains(by_value.blocks(groups).second, values.blocks(groups).covariance) / 2,
+        k_nope=lowrank.gains(*part_of(metric, joined, still)) / 2,
+        k_rotary=rotary.gains(metric, shape.rotary_dim, joined) / 2 if partial else None,
+    )
 
 
-def _left_out(reading: Tensor, spread: Tensor, unit: float = 1.0) -> tuple[float, ...]:
+def _as_gains(saved: Mapping[int, _Saved]) -> LayerGains:
+    return LayerGains(
+        v={count: _tails(part.v) for count, part in saved.items()},
+        k_nope={count: _tails(part.k_nope) for count, part in saved.items()},
+        k_rotary={
+            count: tuple(_tails(row) for row in part.k_rotary)
+            for count, part in saved.items()
+            if part.k_rotary is not None
+        },
+    )
+
+
+def _left_out(reading: Tensor, spread: Tensor) -> tuple[float, ...]:
     """Sum what all latents [g, n, n] lose at each width, r = 0..n."""
-    return _tails(lowrank.gains(reading, spread).sum(0) * unit)
+    return _tails(lowrank.gains(reading, spread).sum(0))
 
 
 def _tails(saved: Tensor) -> tuple[float, ...]:

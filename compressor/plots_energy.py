@@ -20,7 +20,8 @@ LOWEST = 1e-4
 def energy(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
     """Draw what is left out against width, one panel for each layer.
 
-    Solid lines are V, dashed ones K; colours are numbers of groups.
+    Solid lines are V, dashed ones K; colours are numbers of groups. Thin lines are single latents,
+    drawn where all of them together would be as wide.
 
     Args:
         rows: the ``energy`` of an inspection.
@@ -62,8 +63,11 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         left = [max(1 - kept, LOWEST) for kept in row["kept"]]
         colour = f"C{counts.index(row['groups'])}"
         latents = "latent" if row["groups"] == 1 else "latents"
+        if row["latent"] is not None:
+            axes.plot(sizes, left, line, color=colour, linewidth=0.6, alpha=0.3)
+            continue
         label = f"{name}, {row['groups']} {latents}"
-        axes.plot(sizes, left, line, color=colour, linewidth=1.2, label=label)
+        axes.plot(sizes, left, line, color=colour, linewidth=1.4, label=label)
     axes.set_yscale("log")
     axes.set_ylim(LOWEST, 1)
     axes.grid(visible=True, linewidth=0.4, alpha=0.6)

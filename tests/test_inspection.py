@@ -11,8 +11,9 @@ import pytest
 
 from conftest import Vdcompress
 from synthetic import falling, model_gains
-from vdcompress.energy import energies, frequency_shares
-from vdcompress.gains import LayerGains
+from vdcompress.calibrate import calibrate
+from vdcompress.energy import energies, frequency_shares, latent_energies
+from vdcompress.gains import NEEDS, LayerGains, gains, latent_gains
 from vdcompress.pipeline.inspection import inspect_model
 from vdcompress.plan import ModelShape, make_plan
 
@@ -23,8 +24,8 @@ SMALL = ("--samples", "8", "--seq-len", "64")
 
 @pytest.mark.parametrize("shape", [NEOX, LLAMA], ids=lambda shape: shape.family)
 def test_energy_is_the_share_of_the_loss_that_is_kept(shape: ModelShape) -> None:
-    gains = model_gains(shape)
-    rows = energies(gains)
+    found = model_gains(shape)
+    rows = energies(found)
     counts = (4, 2, 1) if shape is NEOX else (2, 1)
     assert [(row.layer, row.side, row.groups) for row in rows] == [
         *itertools.product((0,), "v", counts),
@@ -36,7 +37,7 @@ def test_energy_is_the_share_of_the_loss_that_is_kept(shape: ModelShape) -> None
         assert row.kept[-1] == 1
         assert row.widths[-1] == shape.kv_dim // row.groups
         assert list(row.kept) == sorted(row.kept)
-    first = gains[0].v[1]
+    first = found[0].v[1]
     shared = next(row for row in rows if (row.side, row.groups) == ("v", 1))
     assert shared.kept[0] == pytest.approx(1 - first[8] / first[0])
 
@@ -56,6 +57,27 @@ def test_frequencies_share_their_energy() -> None:
     assert frequency_shares([still]) == ((0.0,),)
 
 
+def test_latents_add_up(base: Any, token_windows: Any) -> None:
+    """What all latents leave out is the sum of what each does; energies know which is which."""
+    shape, statistics = base.shape, calibrate(base, token_windows, needs=NEEDS, batch=4)
+    together = gains(shape, statistics, [2])
+    alone = latent_gains(shape, statistics, 2)
+    for layer, latents in zip(together, alone, strict=True):
+        assert len(latents) == 2
+        first, second = latents
+        sums = [a + b for a, b in zip(first.v[2], second.v[2], strict=True)]
+        assert sums == pytest.approx(layer.v[2])
+        sums = [a + b for a, b in zip(first.k_nope[2], second.k_nope[2], strict=True)]
+        assert sums == pytest.approx(layer.k_nope[2])
+        for index, curve in enumerate(layer.k_rotary.get(2, ())):
+            parts = zip(first.k_rotary[2][index], second.k_rotary[2][index], strict=True)
+            assert [a + b for a, b in parts] == pytest.approx(curve)
+    rows = latent_energies(alone)
+    assert [(row.layer, row.latent, row.side) for row in rows[:4]] == [
+        *itertools.product((0,), (0, 1), "vk")
+    ]
+
+
 def test_layouts_of_a_base_are_costed_and_judged(tiny_neox: Path) -> None:
     found = inspect_model(str(tiny_neox))
     assert found["energy"] is None
@@ -70,22 +92,13 @@ def test_layouts_of_a_base_are_costed_and_judged(tiny_neox: Path) -> None:
     assert any(engine["serves"] for engine in same["serving"])
 
 
-@pytest.fixture
-def gains_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gains(base: Any, statistics: Any, start: Any, groups: Any = None) -> Any:
-        return model_gains(base.shape)
-
-    monkeypatch.setattr("vdcompress.gains.gains", gains)
-
-
-@pytest.mark.usefixtures("gains_at_hand")
 def test_energy_is_shown_and_drawn(
     vdcompress: Vdcompress, tiny_neox: Path, text_file: Path
 ) -> None:
     arguments = ("inspect", tiny_neox, "--data", text_file, *SMALL, "-o", "energy.png")
     ended = vdcompress(*arguments)
     assert ended.code == 0, ended.err
-    for words in ("energy kept", "rotary", "drawn in energy.png"):
+    for words in ("energy kept", "each head's latent", "rotary", "drawn in energy.png"):
         assert words in ended.out
     assert Path("energy.png").read_bytes().startswith(b"\x89PNG")
     again = vdcompress(*arguments)
@@ -94,19 +107,27 @@ def test_energy_is_shown_and_drawn(
     found = vdcompress(*arguments, "--force", "--json").json
     assert found["plot"] == "energy.png"
     assert found["calibration"]["samples"] == 8
-    assert len(found["energy"]) == 2 * 2 * 3
+    assert len(found["energy"]) == 2 * 2 * (3 + 4)
+    one = [row for row in found["energy"] if row["latent"] == 3 and row["layer"] == 1]
+    assert [(row["side"], row["groups"], row["widths"]) for row in one] == [
+        ("v", 4, [8, 16]),
+        ("k", 4, [8, 16]),
+    ]
     assert len(found["frequencies"][0]) == 2
 
 
-@pytest.mark.usefixtures("gains_at_hand")
 def test_whole_rotary_heads_have_no_table_of_frequencies(
     vdcompress: Vdcompress, tiny_llama: Path, text_file: Path
 ) -> None:
-    ended = vdcompress("inspect", tiny_llama, "--data", text_file, *SMALL)
+    arguments = ("inspect", tiny_llama, "--data", text_file, *SMALL)
+    ended = vdcompress(*arguments, "--groups", "1")
     assert ended.code == 0, ended.err
-    assert "energy kept" in ended.out
+    assert "each group's latent" in " ".join(ended.out.split())
     assert "rotary frequencies" not in " ".join(ended.out.split())
     assert list(Path().iterdir()) == []
+    odd = vdcompress(*arguments, "--groups", "3")
+    assert odd.code == 2
+    assert "groups 3 does not divide 2" in odd.err
 
 
 def test_a_plot_needs_text_and_a_folder(

@@ -8,12 +8,12 @@ from typing import Any
 
 from vdcompress import gains, runs, serving
 from vdcompress.artifact import read_marker
+from vdcompress.budget import divisors
 from vdcompress.calibrate import calibrate
 from vdcompress.cost import plan_cost, with_maps
-from vdcompress.energy import energies, frequency_shares
-from vdcompress.errors import RunError
+from vdcompress.energy import energies, frequency_shares, latent_energies
+from vdcompress.errors import PlanError, RunError
 from vdcompress.events import OnEvent, Stopwatch, ignore
-from vdcompress.gains import LayerGains
 from vdcompress.load import Base, BaseConfig, load, load_config
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.pipeline.document import SCHEMA, cost
@@ -23,6 +23,7 @@ from vdcompress.pipeline.text import calibration_windows
 from vdcompress.plan import ModelShape, Plan, make_plan
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.standard_layouts import Standard, standard_layouts
+from vdcompress.statistics import Statistics
 
 
 def inspect_model(target: str, revision: str | None = None) -> dict[str, Any]:
@@ -45,42 +46,53 @@ def inspect_model(target: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def inspect_energy(
-    recipe: Recipe, *, device: str = "cpu", on_event: OnEvent = ignore
+    recipe: Recipe, *, groups: int | None = None, device: str = "cpu", on_event: OnEvent = ignore
 ) -> dict[str, Any]:
     """Describe a base model, and calibrate it to say what latents of each width keep.
 
     Args:
         recipe: names the model; its ``calibration`` section says with which text.
+        groups: how many latents are looked at one by one; None is one per key/value head.
         device: where to calculate.
         on_event: hears what happens.
 
     Returns:
         JSON: :func:`inspect_model`'s, with ``energy`` by layer, side, number of groups and width,
-        ``frequencies``, the share of K's rotary energy in each, and ``calibration``.
+        all latents together (``latent`` null) and each of ``groups``; ``frequencies``, the share
+        of K's rotary energy in each; and ``calibration``.
+
+    Raises:
+        PlanError: heads do not divide into so many groups.
     """
-    base, settled, found = measured_gains(recipe, device, on_event)
+    config = load_config(model_of(recipe), revision=recipe.revision)
+    heads = config.shape.kv_heads
+    count = heads if groups is None else groups
+    if count < 1 or heads % count:
+        tries = ", ".join(map(str, divisors(heads)))
+        raise PlanError([f"groups {count} does not divide {heads} key/value heads"], f"try {tries}")
+    settled = settle(recipe, config.config, on_event)
+    base, statistics = _measured(settled, device, on_event)
+    with Stopwatch(on_event).stage("energy"):
+        found = gains.gains(base.shape, statistics)
+        alone = gains.latent_gains(base.shape, statistics, count)
+    rows = (*energies(found), *latent_energies(alone))
     return _base(base) | {
-        "energy": [energy.to_json() for energy in energies(found)],
+        "energy": [energy.to_json() for energy in rows],
         "frequencies": [list(shares) for shares in frequency_shares(found)],
         "calibration": settled.calibration.model_dump(mode="json"),
     }
 
 
-def measured_gains(
-    recipe: Recipe, device: str, on_event: OnEvent
-) -> tuple[Base, Recipe, tuple[LayerGains, ...]]:
-    """Load and calibrate a base and measure the gains of every number of groups."""
-    config = load_config(model_of(recipe), revision=recipe.revision)
-    settled = settle(recipe, config.config, on_event)
+def _measured(recipe: Recipe, device: str, on_event: OnEvent) -> tuple[Base, Statistics]:
+    """Load and calibrate a base for gains."""
     watch = Stopwatch(on_event)
     with watch.stage("load"):
-        base = load(model_of(settled), revision=settled.revision, device=device)
+        base = load(model_of(recipe), revision=recipe.revision, device=device)
     with watch.stage("read text"):
-        windows = calibration_windows(settled, base.tokenizer)
+        windows = calibration_windows(recipe, base.tokenizer)
     with watch.stage("calibrate", len(windows.tokens)):
         statistics = calibrate(base, windows.tokens, needs=gains.NEEDS, on_event=on_event)
-    with watch.stage("energy"):
-        return base, settled, gains.gains(base.shape, statistics)
+    return base, statistics
 
 
 def _compressed(folder: Path) -> dict[str, Any]:

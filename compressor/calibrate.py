@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -194,17 +193,26 @@ def _only_activations(model: PreTrainedModel) -> Iterator[None]:
 def _pull(model: PreTrainedModel, hidden: Tensor, labels: torch.Generator) -> Tensor:
     """Return the gradient by ``hidden`` [b, t, hidden] of the loss against labels of the model's.
 
-    The loss is summed over tokens. Logits are made for a few tokens at a time.
+    The loss is summed over tokens: softmax minus the label, through the head. Logits are made for
+    a few tokens at a time.
     """
     head: Any = model.get_output_embeddings()
     pulls = []
     for part in hidden.flatten(0, 1).split(CHUNK):
         tokens = part.requires_grad_(True)
-        logits = head(tokens).float()
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=labels).squeeze(1)
-        loss = functional.cross_entropy(logits, drawn, reduction="sum")
-        pulls.append(torch.autograd.grad(loss, tokens)[0])
+        logits = head(tokens)
+        error = logits.detach().float().softmax(-1)
+        drawn = _draw(error, labels).unsqueeze(1)
+        error.scatter_add_(1, drawn, error.new_full(drawn.shape, -1.0))
+        pulls.append(torch.autograd.grad(logits, tokens, error.to(logits.dtype))[0])
     return torch.cat(pulls).view_as(hidden)
+
+
+def _draw(probabilities: Tensor, labels: torch.Generator) -> Tensor:
+    """Draw one index from each row [tokens, vocabulary] by its cumulative distribution."""
+    steps = probabilities.cumsum(-1)
+    places = torch.rand(len(steps), 1, generator=labels, device=steps.device) * steps[:, -1:]
+    return torch.searchsorted(steps, places).squeeze(1).clamp_max(steps.shape[1] - 1)
 
 
 def require_finite(family: Family, sums: list[LayerSums], first: int = 0) -> None:

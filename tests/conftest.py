@@ -162,10 +162,10 @@ def token_windows() -> Any:
 
 @pytest.fixture(scope="session")
 def statistics(base: Any, token_windows: Any) -> Any:
-    """Return all moments of ``base`` on ``token_windows``."""
-    from vdcompress.calibrate import calibrate
+    """Return all that calibration can measure of ``base`` on ``token_windows``."""
+    from vdcompress.calibrate import EVERYTHING, calibrate
 
-    return calibrate(base, token_windows, batch=4)
+    return calibrate(base, token_windows, needs=EVERYTHING, batch=4)
 
 
 @pytest.fixture(scope="session")

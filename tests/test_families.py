@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from observed import observe
 from vdcompress import families, initializers
 from vdcompress.errors import ModelError
-from vdcompress.families.base import Projection
 from vdcompress.load import Base, load_config
 from vdcompress.modeling.cache import BLOCK, LatentCache
 from vdcompress.plan import Plan, Start, make_plan
@@ -34,47 +34,6 @@ def model(base: Base, plan: Plan, statistics: Statistics) -> Any:
 @pytest.fixture(scope="module")
 def prompt(token_windows: Tensor) -> Tensor:
     return token_windows[:3, :20]
-
-
-def seen_by_attention(base: Base, ids: Tensor, layer: int = 1) -> tuple[Tensor, Tensor]:
-    """Return what an attention module of the base takes and gives."""
-    seen: list[Tensor] = []
-
-    def record(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.extend((kwargs["hidden_states"] if not args else args[0], output[0]))
-
-    attention = base.family.attention_modules(base.model)[layer]
-    handle = attention.register_forward_hook(record, with_kwargs=True)
-    with torch.no_grad():
-        base.model.base_model(ids, use_cache=False)
-    handle.remove()
-    return seen[0], seen[1]
-
-
-def apply(projection: Projection, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, projection.weight, projection.bias)
-
-
-def naive_attention(base: Base, x: Tensor) -> Tensor:
-    """Attention written down from the unpacked weights, one head after the other."""
-    shape = base.shape
-    weights = base.family.weights(base.family.attention_modules(base.model)[1])
-    frequencies, scale = base.family.rotary(base.config)
-    angles = torch.arange(x.shape[1])[:, None] * torch.tensor(frequencies)
-    cos, sin, pairs = angles.cos() * scale, angles.sin() * scale, shape.rotary_dim // 2
-
-    def rope(head: Tensor) -> Tensor:
-        a, b, rest = head.split([pairs, pairs, shape.head_dim - 2 * pairs], dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-    q, k, v = (apply(p, x).split(shape.head_dim, dim=-1) for p in (weights.q, weights.k, weights.v))
-    future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
-    outputs = []
-    for head in range(shape.heads):
-        group = head // (shape.heads // shape.kv_heads)
-        scores = rope(q[head]) @ rope(k[group]).mT / shape.head_dim**0.5
-        outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[group])
-    return apply(weights.o, torch.cat(outputs, dim=-1))
 
 
 def logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
@@ -122,20 +81,8 @@ def test_weights_have_the_shape(base: Base) -> None:
 
 
 def test_unpacked_weights_are_the_attention(base: Base, token_windows: Tensor) -> None:
-    x, expected = seen_by_attention(base, token_windows[:2])
-    torch.testing.assert_close(naive_attention(base, x), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_value_tap_reads_v(base: Base, token_windows: Tensor) -> None:
-    attention = base.family.attention_modules(base.model)[1]
-    tap = base.family.value_tap(attention)
-    seen: list[Tensor] = []
-    handle = tap.module.register_forward_hook(lambda _m, _a, out: seen.append(tap.read(out)))
-    x, _ = seen_by_attention(base, token_windows[:2])
-    handle.remove()
-    expected = apply(base.family.weights(attention).v, x)
-    assert seen[0].shape == (2, 64, base.shape.kv_heads, base.shape.head_dim)
-    torch.testing.assert_close(seen[0].flatten(2), expected, atol=1e-5, rtol=1e-5)
+    for seen in observe(base, token_windows[:2]):
+        torch.testing.assert_close(seen.y, seen.given, atol=1e-5, rtol=1e-4)
 
 
 def test_output_projection_takes_what_attention_returned(base: Base) -> None:

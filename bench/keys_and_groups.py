@@ -13,20 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import perplexity
 import record
 import standins
 import token_sets
-import torch
 
 from vdcompress.allocate import predicted_loss
 from vdcompress.calibrate import EVERYTHING, calibrate
-from vdcompress.evaluate import evaluate
 from vdcompress.gains import gains
-from vdcompress.load import Base, load
+from vdcompress.load import load
 from vdcompress.plan import Start, plan_for
-from vdcompress.repair import needs_repair, repair
 from vdcompress.request import Request
-from vdcompress.rewrite import rewrite
 
 FISHER = Start("fisher", "local", 4)
 TEXTBOOK = (
@@ -37,13 +34,7 @@ TEXTBOOK = (
     Start("fisher", "none", 0),
 )
 OURS = (FISHER,)
-REPAIRS = (
-    Start("svd", "local", 4),
-    Start("pca", "local", 4),
-    Start("optimal", "local", 4),
-    Start("fisher", "none", 4),
-    Start("fisher", "local", 0),
-)
+REPAIRS = (Start("pca", "local", 4), Start("fisher", "none", 4), Start("fisher", "local", 0))
 EVERY = (*TEXTBOOK, *REPAIRS, *OURS)
 RIVALS = (Start("svd", "none", 0), Start("pca", "none", 0), Start("pca", "local", 4), *OURS)
 
@@ -102,7 +93,6 @@ def main() -> None:
     options = parser.parse_args()
     base = load(standins.model(options.model), device=options.device)
     sets = token_sets.read()
-    texts = {name: sets[name] for name in (*standins.TEXTS, *token_sets.HELD_OUT)}
     windows = sets[options.calibration]
     started = time.perf_counter()
     statistics = calibrate(base, windows, needs=EVERYTHING)
@@ -118,7 +108,7 @@ def main() -> None:
             "balance": token_sets.BALANCE,
             "seconds": time.perf_counter() - started,
         },
-        "base": {name: measure(base, None, ids, options.windows) for name, ids in texts.items()},
+        "base": perplexity.measure_all(base, None, sets, options.windows),
         "rows": [],
     }
     for asked, starts in MODELS[options.model]:
@@ -127,9 +117,7 @@ def main() -> None:
         request = Request.of(**asked)
         for start in starts:
             plan = plan_for(base.shape, request, start, found)
-            model = rewrite(base, plan, statistics)
-            if needs_repair(plan):
-                repair(base, model, plan, windows)
+            model = perplexity.compress(base, plan, statistics, windows)
             losses = predicted_loss(plan.layers, found)
             row = {
                 "asked": asked,
@@ -141,32 +129,16 @@ def main() -> None:
                     for la in plan.layers
                 ],
                 "predicted": {p: sum(layer[p] for layer in losses) for p in losses[0]},
-                "texts": {n: measure(base, model, i, options.windows) for n, i in texts.items()},
+                "texts": perplexity.measure_all(base, model, sets, options.windows),
             }
             body["rows"].append(row)
-            figures = " / ".join(f"{t['perplexity']:.2f}" for t in row["texts"].values())
-            kl = " ".join(f"{row['texts'][n]['kl']:.4f}" for n in token_sets.HELD_OUT)
             total = sum(row["predicted"].values())
             words = f"{start.initializer} {start.refit} {start.alternate}"
-            print(asked, words, figures, f"kl {kl} predicted {total:.4f}", flush=True)
+            print(asked, words, perplexity.line(row["texts"]), f"{total:.4f}", flush=True)
             path = record.write(
                 options.name or f"keys-and-groups-{options.model}", body, out=options.out
             )
     print(path)
-
-
-def measure(base: Base, model: Any, ids: torch.Tensor, windows: int) -> dict[str, Any]:
-    """Return perplexity of the model (of the base if None), ratio and KL on one text."""
-    if model is None:
-        found = evaluate(base.model, ids, windows=windows)
-    else:
-        found = evaluate(model, ids, base=base.model, windows=windows)
-    return {
-        "perplexity": found.perplexity,
-        "ratio": found.ratio,
-        "kl": found.kl,
-        "tokens": found.tokens,
-    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python bench/large_model.py [--folder /tmp]
 
-A random Llama of the widths of Llama 3.2 1B and more than twice its layers, 4.5 GB in bfloat16, is
+A random Llama of the width of Llama 3.2 1B and more than twice its layers, 4.5 GB in bfloat16, is
 written shard by shard, then compressed with ``--max-memory 2GB`` in a process of its own:
 calibrated and rewritten layer by layer, and compared with the base from the written shards. The
 peak is of all that the process holds, imports and pages of mapped files too; ``RssAnon``, which no
@@ -30,41 +30,34 @@ from vdcompress.load import TOKENIZER_FILES
 from vdcompress.shards import ShardWriter
 
 MAX_MEMORY = 2_000_000_000
-SAMPLES, SEQ_LEN, WINDOWS = 32, 256, 4
+SEQ_LEN, WINDOWS = 256, 4
 ROWS = 4096
 WIDTHS = {
     "vocab_size": 128_256,
     "hidden_size": 2048,
     "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
     "head_dim": 64,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-CHILD = """
-import json, sys
-from pathlib import Path
-from vdcompress.pipeline.streaming import apply_streaming
-from vdcompress.recipe import Recipe
-settings = json.loads(sys.argv[1])
-recipe = Recipe().merged(settings["recipe"])
-results = apply_streaming(
-    recipe, max_memory=settings["max_memory"], output=Path(settings["output"])
-)
-print(json.dumps(results))
-"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--layers", type=int, default=34)
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--heads", type=int, default=16, help="the calibration grows with them")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    config = LlamaConfig(num_hidden_layers=options.layers, dtype="bfloat16", **WIDTHS)
+    config = LlamaConfig(
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads // 4,
+        dtype="bfloat16",
+        **WIDTHS,
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     size = 2 * sum(parameter.numel() for parameter in model.parameters())
@@ -74,7 +67,7 @@ def main() -> None:
         start = time.perf_counter()
         make_checkpoint(model, config, Path(folder) / "base")
         print(f"{size / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s", flush=True)
-        body = measure(Path(folder), size)
+        body = measure(Path(folder), size, options.heads)
     print(json.dumps(body, indent=1), flush=True)
     print(record.write("large-model", body, out=options.out))
 
@@ -100,22 +93,20 @@ def make_checkpoint(model: Any, config: LlamaConfig, folder: Path) -> None:
             (folder / name).write_bytes(source.read_bytes())
 
 
-def measure(folder: Path, size: int) -> dict[str, Any]:
+def measure(folder: Path, size: int, heads: int) -> dict[str, Any]:
     """Compress ``folder/base`` in a process of its own and watch its memory."""
-    settings = {
-        "max_memory": MAX_MEMORY,
-        "output": str(folder / "run"),
-        "recipe": {
-            "model": str(folder / "base"),
-            "plan.v_dim": 320,
-            "calibration.data": "stdlib",
-            "calibration.samples": SAMPLES,
-            "calibration.seq_len": SEQ_LEN,
-            "evaluation.windows": WINDOWS,
-            "evaluation.seq_len": SEQ_LEN,
-        },
+    samples = 4 * heads * WIDTHS["head_dim"] // SEQ_LEN  # the fewest tokens that calibrate
+    recipe = {
+        "version": 1,
+        "model": str(folder / "base"),
+        "plan": {"v_dim": heads // 4 * 40},
+        "calibration": {"data": "stdlib", "samples": samples, "seq_len": SEQ_LEN},
+        "evaluation": {"windows": WINDOWS, "seq_len": SEQ_LEN},
     }
-    command = [sys.executable, "-c", CHILD, json.dumps(settings)]
+    (folder / "large.yaml").write_text(json.dumps(recipe))
+    program = Path(sys.executable).with_name("vdcompress")
+    command = [str(program), "apply", "--recipe", str(folder / "large.yaml"), "--json", "-q"]
+    command += ["-o", str(folder / "run"), "--max-memory", str(MAX_MEMORY)]
     with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out) as process:
         sampled = 0
         while process.poll() is None:
@@ -124,13 +115,13 @@ def measure(folder: Path, size: int) -> dict[str, Any]:
         if process.returncode:
             sys.exit(f"apply ended with {process.returncode}")
         out.seek(0)
-        results = json.loads(out.read().splitlines()[-1])
+        results = json.loads(out.read())
     environment = results["environment"]
-    states = 4 * SAMPLES * SEQ_LEN * WIDTHS["hidden_size"]
+    states = 4 * samples * SEQ_LEN * WIDTHS["hidden_size"]
     return {
         "checkpoint_bytes": size,
         "parameters": results["parameters"],
-        "calibration": {"samples": SAMPLES, "seq_len": SEQ_LEN},
+        "calibration": {"samples": samples, "seq_len": SEQ_LEN},
         "max_memory_bytes": MAX_MEMORY,
         "hidden_states_bytes": states,
         "peak_bytes": environment["peak_memory_bytes"],

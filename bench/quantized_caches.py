@@ -14,7 +14,7 @@ from typing import Any
 
 import record
 import standins
-import training_free
+import token_sets
 
 from vdcompress.evaluate import Evaluation
 from vdcompress.load import load
@@ -25,16 +25,14 @@ CACHES = (INT8, QuantizedCache(8, 4), INT4, QuantizedCache(3, 3), QuantizedCache
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=sorted(training_free.WIDTHS))
+    parser.add_argument("model", choices=("llama-32m-standin", "pythia-70m-standin"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     base = load(standins.model(options.model), device=options.device)
-    texts = {
-        name: training_free.evaluation_tokens(base, name, options.windows)
-        for name in standins.TEXTS
-    }
+    sets = token_sets.read()
+    texts = {name: sets[name] for name in standins.TEXTS}
     whole = 4 * base.shape.layers * base.shape.kv_dim
     body: dict[str, Any] = {
         "model": options.model,

@@ -29,6 +29,7 @@ BALANCE = 0.5
 SIZES, SEEDS, USUAL = (8, 32, 128), (0, 1, 2), 64
 CALIBRATION = f"mixed-{USUAL}-seed0"
 HELD_OUT = ("held-out books", "held-out docs")
+MEASURED = (*standins.TEXTS, *HELD_OUT)
 
 
 def read() -> dict[str, torch.Tensor]:

@@ -71,9 +71,7 @@ def square_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     kept = values > SINGULAR * values[..., -1:].clamp_min(tiny)
     roots = values.clamp_min(0).sqrt() * kept
     inverse = torch.where(kept, 1 / roots.clamp_min(tiny), 0.0)
-    return tuple(
-        (vectors * scale.unsqueeze(-2)) @ vectors.mH for scale in (roots, inverse)
-    )
+    return tuple((vectors * scale.unsqueeze(-2)) @ vectors.mH for scale in (roots, inverse))
 
 
 def diagonal_blocks(joint: Tensor, count: int) -> Tensor:

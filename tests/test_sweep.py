@@ -148,16 +148,16 @@ def test_gains_are_measured_once_for_plans_that_read_the_same(
 ) -> None:
     calls: list[Any] = []
 
-    def gains(base: Any, _statistics: Any, start: Any, groups: Any) -> Any:
-        calls.append((start.initializer, groups))
-        return model_gains(base.shape)
+    def gains(shape: Any, _statistics: Any, groups: Any) -> Any:
+        calls.append(groups)
+        return model_gains(shape)
 
     monkeypatch.setattr("vdcompress.gains.gains", gains)
-    monkeypatch.setattr(sweep_rows, "rewrite", lambda base, *_, **__: base.model)
+    monkeypatch.setattr(sweep_rows, "compressed_model", lambda base, *_: base.model)
     lists = ("--kv-budget", "0.75,0.5", "--v-dim", "32", "--initializer", "pca,svd")
     ended = swept("--json", lists=lists)
     assert ended.code == 0, ended.err
-    assert calls == [("pca", (1, 2, 4)), ("svd", (1, 2, 4))]
+    assert calls == [(1, 2, 4)]
     rows = {row["row"]: row for row in ended.json["rows"]}
     assert list(rows) == ["v32-pca", "v32-svd", *(f"kv{b}-{i}" for b, i in BUDGETS)]
     assert rows["v32-pca"]["predicted_loss"] is None
@@ -259,7 +259,7 @@ def test_text_that_changed_is_refused(
     ended = vdcompress(*arguments, "--v-dim", "16")
     assert ended.code == 3
     assert "over other text" in ended.err
-    assert not Path("s/rows/v16-optimal.json").exists()
+    assert not Path("s/rows/v16.json").exists()
 
 
 def test_the_impossible_is_told_and_skipped(swept: Swept, measured: list[str]) -> None:
@@ -275,21 +275,21 @@ def test_the_impossible_is_told_and_skipped(swept: Swept, measured: list[str]) -
 def test_nothing_possible_is_a_usage_error(swept: Swept) -> None:
     ended = swept(lists=("--v-dim", "1000,2000"))
     assert ended.code == 2
-    assert ended.err.startswith("error: no combination can be planned: v1000-optimal: ")
+    assert ended.err.startswith("error: no combination can be planned: v1000: ")
     assert len(ended.err.splitlines()) == 2
     assert not Path("s").exists()
 
 
 def break_rows(monkeypatch: pytest.MonkeyPatch, error: BaseException, *names: str) -> None:
     """Let the rows of these initialisers end with an error."""
-    real = sweep_rows.rewrite
+    real = sweep_rows.compressed_model
 
-    def rewrite(base: Any, plan: Any, *rest: Any, **more: Any) -> Any:
+    def compressed_model(base: Any, plan: Any, *rest: Any) -> Any:
         if plan.start.initializer in names:
             raise error
-        return real(base, plan, *rest, **more)
+        return real(base, plan, *rest)
 
-    monkeypatch.setattr(sweep_rows, "rewrite", rewrite)
+    monkeypatch.setattr(sweep_rows, "compressed_model", compressed_model)
 
 
 def test_a_failed_row_is_kept_with_its_reason_and_tried_again(
@@ -526,7 +526,7 @@ def test_each_row_tells_how_it_ended(tiny_neox: Path, text_file: Path, tmp_path:
     job = pipeline.new_sweep(recipe, {"v_dim": (32, 1000)}, output=tmp_path / "s")
     pipeline.run_sweep(job, on_event=heard.append)
     rows = [event for event in heard if isinstance(event, RowEnded)]
-    assert [event.row for event in rows] == ["int8", "int4", "v32-optimal", "v1000-optimal"]
+    assert [event.row for event in rows] == ["int8", "int4", "v32", "v1000"]
     assert rows[2].bytes_per_token == 384
     assert rows[2].perplexity is not None
     assert rows[3].reason == "v_dim 1000 is above the model's 64"
@@ -550,12 +550,12 @@ def test_budgets_stand_beside_widths() -> None:
     lists = {"v_dim": (8,), "k_dim": (8, 4), "kv_budget": (0.5,), "groups": (2, 1)}
     found = variants(Recipe(), lists)
     assert [label(recipe) for recipe in found] == [
-        "v8-k8-g2-optimal",
-        "v8-k8-g1-optimal",
-        "v8-k4-g2-optimal",
-        "v8-k4-g1-optimal",
-        "kv0.5-g2-optimal",
-        "kv0.5-g1-optimal",
+        "v8-k8-g2",
+        "v8-k8-g1",
+        "v8-k4-g2",
+        "v8-k4-g1",
+        "kv0.5-g2",
+        "kv0.5-g1",
     ]
     narrow = Recipe().merged({"plan.v_dim": 8, "plan.v_groups": 2})
     [only] = variants(narrow, {"kv_budget": (0.5,)})

@@ -25,7 +25,7 @@ from vdcompress.plan import Plan
 def needs_repair(plan: Plan) -> bool:
     """Say whether a plan's refit takes a run of the compressed attention."""
     return plan.start.refit == "local" and any(
-        _changes(plan, index) for index in range(plan.shape.layers)
+        changes(plan, index) for index in range(plan.shape.layers)
     )
 
 
@@ -52,12 +52,12 @@ def repair(
     family, storage = base.family, getattr(torch, base.dtype)
     before, after = family.attention_modules(base.model), family.attention_modules(model)
     fits = {
-        index: _Fit(after[index], family.output_projection(after[index]))
+        index: Fit(after[index], family.output_projection(after[index]))
         for index in range(plan.shape.layers)
-        if _changes(plan, index)
+        if changes(plan, index)
     }
     device = next(base.model.parameters()).device
-    with _beside([(before[index], fit) for index, fit in fits.items()]), torch.inference_mode():
+    with beside([(before[index], fit) for index, fit in fits.items()]), torch.inference_mode():
         for start in range(0, len(windows), batch):
             ids = windows[start : start + batch].to(device)
             base.model.base_model(ids, use_cache=False)
@@ -67,14 +67,14 @@ def repair(
     return model
 
 
-def _changes(plan: Plan, index: int) -> bool:
+def changes(plan: Plan, index: int) -> bool:
     """Say whether the attention of a layer returns something that base moments do not tell."""
     shape, layer = plan.shape, plan.layers[index]
     shared = layer.v_groups < shape.kv_heads and layer.v_dim < shape.kv_dim
     return shared or layer.k_dim < shape.kv_dim
 
 
-class _Fit:
+class Fit:
     """Joint moments of one layer's attended latents z [tokens, n] and the base's output y."""
 
     def __init__(self, attention: nn.Module, projection: nn.Module) -> None:
@@ -85,6 +85,9 @@ class _Fit:
     def add(self, args: Any, kwargs: Any, output: Tensor) -> None:
         """Run the compressed attention on what the base's was given; ``output`` [b, t, hidden]."""
         seen: list[Tensor] = []
+        cos, sin = kwargs["position_embeddings"]  # the base's tables hold each pair's angle twice
+        half = cos.shape[-1] // 2
+        kwargs = kwargs | {"position_embeddings": (cos[..., :half], sin[..., :half])}
         hook = self.projection.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
         try:
             self.attention(*args, **kwargs)
@@ -109,10 +112,10 @@ class _Fit:
 
 
 @contextmanager
-def _beside(pairs: list[tuple[nn.Module, _Fit]]) -> Iterator[None]:
+def beside(pairs: list[tuple[nn.Module, Fit]]) -> Iterator[None]:
     """Let each fit see what the base's attention is given and returns, for the time of a block."""
 
-    def hook(fit: _Fit) -> Any:
+    def hook(fit: Fit) -> Any:
         return lambda _module, args, kwargs, output: fit.add(args, kwargs, output[0])
 
     with ExitStack() as stack:

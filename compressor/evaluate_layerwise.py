@@ -34,7 +34,7 @@ def evaluate_stacks(
 ) -> Evaluation:
     """Measure a model and its base as :func:`~vdcompress.evaluate.evaluate` does.
 
-    Memory: one layer, one batch of windows, a block of :data:`VOCABULARY_BLOCK` output embeddings
+    Memory: one layer, one window, a block of :data:`VOCABULARY_BLOCK` output embeddings
     of each model and their logits for :data:`TOKENS` tokens; and the hidden states of both models.
 
     Args:

@@ -8,7 +8,7 @@ model's own, base or compressed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
@@ -26,8 +26,6 @@ from vdcompress.families.base import Family
 from vdcompress.memory import give_back
 from vdcompress.shards import Checkpoint
 from vdcompress.statistics import LayerStatistics
-
-BATCH_TOKENS = 2048
 
 
 class HiddenStates:
@@ -181,13 +179,26 @@ class Stack:
                 module.to("meta")
         give_back()
 
-    def run(self, hidden: HiddenStates) -> Iterator[int]:
-        """Pass all windows through the layer that :meth:`layer` holds; yields how many are done."""
-        batch = max(1, BATCH_TOKENS // hidden.shape[1])
-        for start in range(0, len(hidden), batch):
+    def recall(self) -> None:
+        """Read again what :meth:`forget_all_but` dropped of the layer that :meth:`layer` holds."""
+        (module,) = self._parent.get_submodule(self._slot).children()
+        self._fill(module, f"{self._prefix}{self._layers.index(module)}.")
+
+    def run(self, hidden: HiddenStates, *, advance: bool = True) -> Iterator[int]:
+        """Pass all windows through the layer that :meth:`layer` holds; yields how many are done.
+
+        One at a time, as calibration and evaluation do: sums come out the same to the last bit.
+
+        Args:
+            hidden: what the layer takes.
+            advance: replace it by what the layer returns.
+        """
+        for window in range(len(hidden)):
             with torch.inference_mode():
-                hidden.write(start, self._through(hidden.read(start, start + batch)))
-            yield min(start + batch, len(hidden))
+                states = self._through(hidden.read(window, window + 1))
+                if advance:
+                    hidden.write(window, states)
+            yield window + 1
 
     def finish(self, hidden: HiddenStates) -> None:
         """Pass all windows through what the body does after its layers."""
@@ -251,7 +262,12 @@ class CalibratedLayer:
 
 
 def calibrate_layers(
-    stack: Stack, family: Family, hidden: HiddenStates, needs: frozenset[str]
+    stack: Stack,
+    family: Family,
+    hidden: HiddenStates,
+    needs: frozenset[str],
+    *,
+    twice: Container[int] = (),
 ) -> Iterator[CalibratedLayer]:
     """Run a base layer by layer; yield each with its statistics while its weights are there.
 
@@ -260,6 +276,7 @@ def calibrate_layers(
         family: its adapter.
         hidden: the embeddings of the calibration windows; they become the layers' outputs.
         needs: which moments.
+        twice: layers that whoever takes them runs again, while it has them, to advance ``hidden``.
 
     Raises:
         ModelError: for a NaN or an infinity, with the name of the layer.
@@ -269,7 +286,7 @@ def calibrate_layers(
             (attention,) = family.attention_modules(stack.model)
             sums = LayerSums(needs)
             with listening(stack.model, {attention: sums}):
-                for _ in stack.run(hidden):
+                for _ in stack.run(hidden, advance=index not in twice):
                     require_finite(family, [sums], index)
             stack.forget_all_but(attention)
             yield CalibratedLayer(index, attention, sums.statistics())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vdcompress.calibrate import PULLS
 from vdcompress.events import OnEvent, Progress, ignore
@@ -18,6 +18,7 @@ from vdcompress.layerwise import (
 )
 from vdcompress.load import BaseConfig
 from vdcompress.plan import Plan
+from vdcompress.repair import Fit, beside, changes, needs_repair
 from vdcompress.rewrite import layer_state, needed_statistics, require_supported
 from vdcompress.shards import Checkpoint, ShardWriter
 
@@ -35,8 +36,9 @@ def write_compressed(
 ) -> None:
     """Write the weights of the compressed model that ``plan`` describes into a folder.
 
-    What is written equals what :func:`~vdcompress.rewrite.rewrite` makes of the same windows. Held
-    in memory are one layer, its statistics, and the hidden states of the windows.
+    What is written equals what :func:`~vdcompress.rewrite.rewrite`, and then
+    :func:`~vdcompress.repair.repair`, make of the same windows without statistics that take
+    gradients. Held in memory are one layer, its statistics, and the hidden states of the windows.
 
     Args:
         base: where the base's weights are; ``dtype`` is that of the written ones.
@@ -54,18 +56,25 @@ def write_compressed(
     """
     require_supported(base.shape, plan)
     stack = base_stack(base, device)
-    compressed = base.family.compressed_on_meta(base.config, plan)
+    compressed = base.family.compressed_on_meta(base.config, plan).eval()
     state = compressed.state_dict()
     left = {name: state[name] for name in stored_shapes(compressed)}
     storage = getattr(torch, base.dtype)
+    needs = needed_statistics(plan.start, plan.shape, plan) - {PULLS}
+    twice = {i for i in range(len(stack)) if needs_repair(plan) and changes(plan, i)}
     with (
         HiddenStates(len(windows), windows.shape[1], stack.width, states_in) as hidden,
         ShardWriter(folder, left, storage, max_shard_size) as writer,
     ):
         stack.embed(windows, hidden)
-        needs = needed_statistics(plan.start, plan.shape, plan) - {PULLS}
-        for layer in calibrate_layers(stack, base.family, hidden, needs):
-            for name, tensor in _rewritten(base, plan, layer).items():
+        for layer in calibrate_layers(stack, base.family, hidden, needs, twice=twice):
+            weights = base.family.weights(layer.attention)
+            found = layer_state(base, plan, layer.index, weights, layer.statistics)
+            if layer.index in twice:
+                attention = base.family.attention_modules(compressed)[layer.index]
+                _assign(attention, found, base.family.parameter_prefix(layer.index))
+                found = _repaired(base, stack, hidden, layer, attention)
+            for name, tensor in found.items():
                 writer.write(name, tensor)
                 left.pop(name)
             on_event(Progress("compress", layer.index + 1))
@@ -87,7 +96,27 @@ def compressed_stack(base: BaseConfig, plan: Plan, folder: Path, device: str = "
     return Stack(model, family.layers_prefix(), Checkpoint(folder), device)
 
 
-def _rewritten(base: BaseConfig, plan: Plan, layer: CalibratedLayer) -> dict[str, Tensor]:
-    """Return the new tensors of one layer's attention, by their names in the compressed model."""
-    weights = base.family.weights(layer.attention)
-    return layer_state(base, plan, layer.index, weights, layer.statistics)
+def _repaired(
+    base: BaseConfig,
+    stack: Stack,
+    hidden: HiddenStates,
+    layer: CalibratedLayer,
+    attention: nn.Module,
+) -> dict[str, Tensor]:
+    """Run a layer again, its compressed attention beside it; return the latter's tensors."""
+    fit = Fit(attention, base.family.output_projection(attention))
+    stack.recall()
+    with beside([(layer.attention, fit)]):
+        for _ in stack.run(hidden):
+            pass
+    fit.replace(getattr(torch, base.dtype))
+    prefix = base.family.parameter_prefix(layer.index)
+    found = {prefix + name: tensor for name, tensor in attention.state_dict().items()}
+    attention.to("meta")
+    return found
+
+
+def _assign(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Give a module on the meta device its tensors, named with a prefix."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    module.load_state_dict(own, strict=True, assign=True)

@@ -38,15 +38,9 @@ def on_meta(stack: Stack) -> bool:
     return all(tensor.is_meta for tensor in stack.model.state_dict().values())
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
 def test_hidden_states_are_the_models(
-    base: Base,
-    token_windows: Tensor,
-    states_in: Path | None,
-    batch_tokens: int,
-    monkeypatch: pytest.MonkeyPatch,
+    base: Base, token_windows: Tensor, states_in: Path | None
 ) -> None:
-    monkeypatch.setattr("vdcompress.layerwise.BATCH_TOKENS", batch_tokens)
     stack = base_stack(base)
     hidden = hidden_of(stack, token_windows, states_in)
     stack.embed(token_windows, hidden)
@@ -106,6 +100,24 @@ def test_statistics_are_those_of_the_whole_model(
         for name in NEEDS:
             same_moments(getattr(layer.statistics, name), known[name])
     assert indices == list(range(base.shape.layers))
+
+
+def test_a_layer_that_is_run_twice_is_advanced_once(base: Base, token_windows: Tensor) -> None:
+    stack = base_stack(base)
+    once, twice = hidden_of(stack, token_windows), hidden_of(stack, token_windows)
+    for hidden in (once, twice):
+        stack.embed(token_windows, hidden)
+    before = twice.read(0, 16).clone()
+    list(calibrate_layers(stack, base.family, once, NEEDS))
+    for layer in calibrate_layers(stack, base.family, twice, NEEDS, twice={1}):
+        if layer.index == 1:
+            assert not torch.equal(twice.read(0, 16), before)
+            between = twice.read(0, 16).clone()
+            stack.recall()
+            list(stack.run(twice, advance=False))
+            assert torch.equal(twice.read(0, 16), between)
+            list(stack.run(twice))
+    assert torch.equal(twice.read(0, 16), once.read(0, 16))
 
 
 def same_moments(found: Moments, expected: Moments) -> None:

@@ -71,6 +71,32 @@ def same_results(streamed: dict[str, Any], whole: dict[str, Any]) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"plan.k_dim": 16},
+        {"plan.k_dim": 16, "plan.groups": 1},
+        {"plan.k_dim": None, "plan.groups": 1},
+        {"plan.k_dim": 16, "start.refit": "none"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["tiny_neox", "tiny_llama"])
+def test_keys_and_shared_latents_are_those_of_apply(
+    request: Any, text_file: Path, tmp_path: Path, kind: str, asked: dict[str, Any]
+) -> None:
+    settings = tiny_settings(request.getfixturevalue(kind), text_file) | {"plan.v_dim": 16}
+    start = {"start.initializer": "optimal", "start.alternate": 0}
+    if kind == "tiny_neox" and "plan.groups" in asked and asked["plan.k_dim"]:
+        asked = asked | {"plan.k_dim": 32, "plan.k_rotary_dim": 16}  # or it would need gains
+    recipe = Recipe().merged(settings | start | asked)
+    apply_recipe(recipe, output=tmp_path / "whole")
+    apply_streaming(recipe, max_memory=LARGE, output=tmp_path / "streamed")
+    for name in ("model.safetensors", "config.json", "vdcompress.json"):
+        ours, theirs = (tmp_path / run / name for run in ("streamed", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
 def test_another_dtype(tiny_neox: Path, text_file: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny_neox, text_file) | {"dtype": "float16"}
     recipe = Recipe().merged(settings)

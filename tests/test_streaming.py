@@ -162,6 +162,7 @@ def test_sizes(text: str, expected: int) -> None:
     [
         (["--kv-budget", "0.5"], "needs the gains of the whole model"),
         (["--v-dim", "32", "--allocation", "layers"], "needs the gains of the whole model"),
+        (["--v-dim", "32", "--initializer", "fisher"], "needs gradients through the whole model"),
         (["--v-dim", "32", "--refit", "sequential"], "sequential refit runs the whole model"),
     ],
 )
@@ -172,6 +173,17 @@ def test_what_takes_the_whole_model_is_refused(
     assert ended.code == 2
     assert says in ended.err
     assert not Path("runs").exists()
+
+
+def test_the_alternation_of_keys_is_left_out_aloud(
+    vdcompress: Vdcompress, tiny_llama: Path, text_file: Path
+) -> None:
+    common = ("apply", tiny_llama, "--k-dim", 16, "--data", text_file, "--samples", 8)
+    common = (*common, "--seq-len", 64, "--windows", 1, "--max-memory", "1kB")
+    ended = vdcompress(*common)
+    assert ended.code == 0, ended.err
+    assert "leaves out the alternation of keys" in ended.err
+    assert "leaves out" not in vdcompress(*common, "--alternate", 0).err
 
 
 STOPS = [

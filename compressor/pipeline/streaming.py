@@ -15,7 +15,7 @@ from vdcompress.artifact import (
     write_companions,
     write_config,
 )
-from vdcompress.calibrate import GRADIENTS
+from vdcompress.calibrate import GRADIENTS, PULLS
 from vdcompress.errors import UsageError
 from vdcompress.evaluate_layerwise import evaluate_stacks
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
@@ -57,8 +57,10 @@ def apply_streaming(
 ) -> dict[str, Any]:
     """Do what :func:`~vdcompress.pipeline.apply.apply_recipe` does, one layer in memory at a time.
 
-    The folder is the same, its weights too; the figures are those of the written shards, read
-    back. The cache is counted from the plan, not measured after ``generate()``.
+    The folder is the same, and so are the weights of a start without gradients, which go through
+    the whole model: latents are ``optimal`` where the recipe leaves that open, and keys are not
+    alternated with queries. The figures are those of the written shards, read back. The cache is
+    counted from the plan, not measured after ``generate()``.
 
     Args:
         recipe: what to do.
@@ -135,6 +137,8 @@ def _open(recipe: Recipe, max_memory: int, device: str, on_event: OnEvent) -> _J
     settled = settle(named, config.config, on_event)
     _require_streamable(settled, config)
     plan = plan_of(settled, config.shape, on_event)
+    if PULLS in needed_statistics(plan.start, plan.shape, plan):
+        on_event(Warned("--max-memory leaves out the alternation of keys with queries"))
     needed = LAYER_COPIES * FLOAT32_BYTES * _layer_numbers(config)
     if needed > max_memory:
         on_event(

@@ -125,8 +125,6 @@ def measure(folder: Path, size: int, heads: int) -> dict[str, Any]:
         "max_memory_bytes": MAX_MEMORY,
         "hidden_states_bytes": states,
         "peak_bytes": environment["peak_memory_bytes"],
-        "after_imports_bytes": environment["start_memory_bytes"],
-        "above_imports_bytes": environment["peak_memory_bytes"] - environment["start_memory_bytes"],
         "peak_anonymous_bytes": sampled,
         "bound_bytes": MAX_MEMORY + states,
         "perplexity": results["perplexity"],

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import token_sets
 
 from vdcompress.allocate import predicted_loss
 from vdcompress.calibrate import EVERYTHING, calibrate
+from vdcompress.cost import with_cheaper_maps, with_maps
 from vdcompress.gains import gains
 from vdcompress.load import load
-from vdcompress.plan import Start, plan_for
+from vdcompress.plan import Plan, Start, plan_for
 from vdcompress.request import Request
 
 FISHER = Start("fisher", "local", 4)
@@ -115,13 +118,16 @@ def main() -> None:
         if options.only and options.only not in str(asked):
             continue
         request = Request.of(**asked)
-        for start in starts:
-            plan = plan_for(base.shape, request, start, found)
+        for start, maps in every_way(starts):
+            plan = with_maps_of(plan_for(base.shape, request, start, found), maps)
+            if plan is None:
+                continue
             model = perplexity.compress(base, plan, statistics, windows)
             losses = predicted_loss(plan.layers, found)
             row = {
                 "asked": asked,
                 **vars(start),
+                "maps": maps,
                 "bytes_per_token": plan.bytes_per_token,
                 "reduction": plan.reduction,
                 "layers": [
@@ -133,12 +139,29 @@ def main() -> None:
             }
             body["rows"].append(row)
             total = sum(row["predicted"].values())
-            words = f"{start.initializer} {start.refit} {start.alternate}"
+            words = f"{start.initializer} {start.refit} {start.alternate} {maps}"
             print(asked, words, perplexity.line(row["texts"]), f"{total:.4f}", flush=True)
             path = record.write(
                 options.name or f"keys-and-groups-{options.model}", body, out=options.out
             )
     print(path)
+
+
+def every_way(starts: tuple[Start, ...]) -> Iterator[tuple[Start, str]]:
+    """Yield every start with folded maps, and the chosen one with maps per head too."""
+    for start in starts:
+        yield start, "folded"
+        if start == FISHER:
+            yield start, "per_head"
+
+
+def with_maps_of(plan: Plan, maps: str) -> Plan | None:
+    """Return a plan with folded maps, or with maps per head where those are cheaper."""
+    folded = replace(plan, layers=tuple(with_maps(layer, "folded") for layer in plan.layers))
+    if maps == "folded":
+        return folded
+    cheaper = tuple(with_cheaper_maps(layer, plan.shape) for layer in plan.layers)
+    return None if cheaper == folded.layers else replace(plan, layers=cheaper)
 
 
 if __name__ == "__main__":

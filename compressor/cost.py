@@ -103,6 +103,18 @@ def with_maps(layer: LayerLayout, maps: str) -> LayerLayout:
     return LayerLayout(values, nope, rotary)
 
 
+def with_cheaper_maps(layer: LayerLayout, shape: ModelShape) -> LayerLayout:
+    """Return a layout whose maps of each side are folded where that takes fewer weights.
+
+    Weights of a projection are arithmetic for each new token too, so one choice serves both.
+    """
+    folded, per_head = with_maps(layer, "folded"), with_maps(layer, "per_head")
+    costs = layer_cost(folded, shape), layer_cost(per_head, shape)
+    values = folded.v if costs[0].o <= costs[1].o else per_head.v
+    keys = folded if costs[0].q <= costs[1].q else per_head
+    return LayerLayout(values, keys.k_nope, keys.k_rotary)
+
+
 def _total(costs: list[Cost]) -> Cost:
     found = costs[0]
     for cost in costs[1:]:

@@ -15,7 +15,13 @@ from vdcompress.events import OnEvent, Progress, ignore
 from vdcompress.families.base import AttentionWeights, Projection
 from vdcompress.latents.keys import KeyProblem, KeyWeights, keep_keys, solve_keys
 from vdcompress.latents.refit import refit
-from vdcompress.latents.values import ValueProblem, ValueWeights, fold, keep_everything
+from vdcompress.latents.values import (
+    ValueProblem,
+    ValueWeights,
+    fold,
+    keep_everything,
+    map_per_head,
+)
 from vdcompress.load import Base, BaseConfig, moved
 from vdcompress.plan import ModelShape, Plan, Start
 from vdcompress.statistics import LayerStatistics, Statistics
@@ -28,6 +34,7 @@ NAMES = {
     "q_expand": "q_expand.weight",
     "k_compress": "k_compress.weight",
     "k_shift": "k_compress.bias",
+    "o_contract": "o_contract.weight",
     "v_weight": "v_compress.weight",
     "v_bias": "v_compress.bias",
 }
@@ -128,9 +135,12 @@ def solve_values_of(
         statistics=statistics,
         generator=_generator(plan, index),
     )
+    combine = map_per_head if part.maps == "per_head" else fold
     if part.width == problem.v_weight.shape[1]:
-        return fold(problem, keep_everything(problem))
+        return combine(problem, keep_everything(problem))
     latents = initializers.get(plan.start.initializer).solve(problem)
+    if part.maps == "per_head":
+        return map_per_head(problem, latents)
     if plan.start.refit == "none" or problem.joined > 1:
         return fold(problem, latents)
     return refit(problem, latents, plan.start.alternate)
@@ -163,10 +173,6 @@ def require_supported(shape: ModelShape, plan: Plan) -> None:
     if plan.shape != shape:
         found.append(f"the plan is for {plan.shape}, the model is {shape}")
     for index, layer in enumerate(plan.layers):
-        if layer.v.maps != "folded":
-            found.append(f"layer {index}: maps of V are folded, nothing solves others")
-        if (layer.k_maps == "per_head") != layer.k_nope.after_rope:
-            found.append(f"layer {index}: maps of K are folded unless they stand behind RoPE")
         if any(part.bits != 16 for part in layer.parts):
             found.append(f"layer {index}: no quantiser packs latents yet")
     if found:

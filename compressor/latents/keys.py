@@ -89,7 +89,7 @@ class KeyWeights:
         q_bias: [H w].
         k_weight: [g w, hidden], or the base's [G d, hidden].
         k_bias: likewise.
-        q_expand: [H, d, r], applied to queries behind RoPE.
+        q_expand: [H, d, r], applied to queries; behind RoPE where keys are compressed there.
         k_compress: [g, n, r], applied to keys behind RoPE.
         k_shift: [g, 1, r], added to what it writes.
     """
@@ -133,8 +133,14 @@ def _behind_rope(problem: KeyProblem, metric: KeyMetric, rounds: int) -> KeyWeig
 
 
 def _folded(problem: KeyProblem, metric: KeyMetric, rounds: int) -> KeyWeights:
-    """Mix rotary pairs within each frequency and the other dimensions freely; fold both."""
+    """Mix rotary pairs within each frequency and the other dimensions freely.
+
+    Queries are read through folded projections, or through a map of each head in front of RoPE,
+    which is what the folded rows are for queries that are the head's own dimensions.
+    """
     rotated, layout = problem.rotary_dim, problem.layout
+    if layout.k_maps == "per_head":
+        return _mapped_per_head(problem, metric, rounds)
     pairs = rotary.solve(metric, layout.k_rotary.frequencies, rotated, problem.joined)
     turned_k = rotary.write(problem.k_weight, problem.k_bias, pairs, rotated, problem.groups)
     turned_q = rotary.read(problem.q_weight, problem.q_bias, pairs, rotated, problem.sharing)
@@ -155,6 +161,31 @@ def _folded(problem: KeyProblem, metric: KeyMetric, rounds: int) -> KeyWeights:
         q_bias=torch.cat((turned_q[1], queries[1]), dim=1).flatten(),
         k_weight=torch.cat((turned_k[0], weights[0]), dim=1).flatten(0, 1),
         k_bias=torch.cat((turned_k[1], weights[1]), dim=1).flatten(),
+    )
+
+
+def _mapped_per_head(problem: KeyProblem, metric: KeyMetric, rounds: int) -> KeyWeights:
+    """Leave the query projection as it is and give each head a matrix of its own behind it."""
+    heads, d, _hidden = problem.q_weight.shape
+    own = torch.eye(d, dtype=torch.float64, device=problem.q_weight.device).expand(heads, d, d)
+    layout = problem.layout
+    folded_layout = replace(
+        layout,
+        k_nope=replace(layout.k_nope, maps="folded"),
+        k_rotary=replace(layout.k_rotary, maps="folded"),
+    )
+    folded = replace(
+        problem,
+        q_weight=own,
+        q_bias=torch.zeros_like(problem.q_bias),
+        layout=folded_layout,
+    )
+    solved = _folded(folded, metric, rounds)
+    return replace(
+        solved,
+        q_weight=problem.q_weight.flatten(0, 1),
+        q_bias=problem.q_bias.flatten(),
+        q_expand=solved.q_weight.unflatten(0, (heads, -1)).mT,
     )
 
 

@@ -12,7 +12,7 @@ and because the rows of a softmax sum to 1 the constants fold into biases exactl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,14 +96,16 @@ class ValueWeights:
     Attributes:
         v_weight: [g r, hidden].
         v_bias: [g r].
-        o_weight: [hidden, H r].
+        o_weight: [hidden, H r], or [hidden, H d] behind ``o_contract``.
         o_bias: [hidden].
+        o_contract: [H, r, d], each head's map from its latent; None where it is folded.
     """
 
     v_weight: Tensor
     v_bias: Tensor
     o_weight: Tensor
     o_bias: Tensor
+    o_contract: Tensor | None = None
 
 
 def fold(problem: ValueProblem, latents: Latents) -> ValueWeights:
@@ -113,6 +115,15 @@ def fold(problem: ValueProblem, latents: Latents) -> ValueWeights:
         *encode(problem, latents),
         o_weight=o_weight.transpose(0, 1).flatten(1),
         o_bias=problem.o_bias + torch.einsum("hyd,hd->y", problem.o_weight, latents.offset),
+    )
+
+
+def map_per_head(problem: ValueProblem, latents: Latents) -> ValueWeights:
+    """Leave the output projection as it is and put each head's decoder before it."""
+    return replace(
+        fold(problem, latents),
+        o_weight=problem.o_weight.transpose(0, 1).flatten(1),
+        o_contract=latents.decoder.mT,
     )
 
 

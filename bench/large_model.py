@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from importlib import resources
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,37 @@ def main() -> None:
         dtype="bfloat16",
         **WIDTHS,
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = on_meta(config)
     size = 2 * sum(parameter.numel() for parameter in model.parameters())
+    if 2 * size <= MAX_MEMORY:
+        sys.exit("so few layers fit into memory: apply would hold them all")
     if shutil.disk_usage(options.folder).free < 2.5 * size:
         sys.exit(f"{options.folder} has no room for twice {size / 1e9:.1f} GB: name another")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         start = time.perf_counter()
-        make_checkpoint(model, config, Path(folder) / "base")
+        # in a process of its own: a process that is started begins with its parent's peak
+        maker = get_context("spawn").Process(
+            target=make_checkpoint, args=(config, Path(folder) / "base")
+        )
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit("the checkpoint could not be written")
         print(f"{size / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s", flush=True)
         body = measure(Path(folder), size, options.heads)
     print(json.dumps(body, indent=1), flush=True)
     print(record.write("large-model", body, out=options.out))
 
 
-def make_checkpoint(model: Any, config: LlamaConfig, folder: Path) -> None:
+def on_meta(config: LlamaConfig) -> Any:
+    """Build the model without its memory."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def make_checkpoint(config: LlamaConfig, folder: Path) -> None:
     """Write random weights, a few rows at a time, and the demo's tokenizer."""
+    model = on_meta(config)
     folder.mkdir()
     draw = torch.Generator().manual_seed(0)
     tensors = {n: p for n, p in model.state_dict().items() if n != "lm_head.weight"}

@@ -35,12 +35,15 @@ def main() -> None:
     parser.add_argument("model", choices=("pythia-70m-standin",))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=token_sets.WINDOWS)
+    parser.add_argument("--sets", help="names, with commas between them; all by default")
+    parser.add_argument("--name", default="calibration-sets-pythia-70m-standin")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     base = load(standins.model(options.model), device=options.device)
     sets = token_sets.read()
     body: dict[str, Any] = {"model": options.model, "windows": options.windows, "rows": []}
-    for name in (name for name in sets if "seed" in name):
+    wanted = options.sets.split(",") if options.sets else [n for n in sets if "seed" in n]
+    for name in wanted:
         windows = sets[name]
         statistics = calibrate(base, windows, needs=EVERYTHING)
         found = gains(base.shape, statistics)
@@ -52,7 +55,7 @@ def main() -> None:
                 {"set": name, "samples": len(windows), "asked": asked, "texts": texts}
             )
             print(name, asked, perplexity.line(texts), flush=True)
-            path = record.write(f"calibration-sets-{options.model}", body, out=options.out)
+            path = record.write(options.name, body, out=options.out)
     print(path)
 
 

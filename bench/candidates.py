@@ -973,7 +973,8 @@ def main() -> None:
                 "layers": layout(made),
             }
         )
-    print(record.write(f"candidates-{MODEL}", body, out=options.out))
+        path = record.write(f"candidates-{MODEL}", body, out=options.out)
+    print(path)
 
 
 def figures(

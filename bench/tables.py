@@ -1,7 +1,7 @@
-"""Write the README's tables from the JSON in ``bench/results``; typed figures have no place there.
+"""Write the tables of both READMEs from ``bench/results``; typed figures have no place there.
 
-python bench/tables.py          rewrites README.md
-python bench/tables.py --check  exits 1 if README.md is not what it would write
+python bench/tables.py          rewrites README.md and bench/README.md
+python bench/tables.py --check  exits 1 if one of them is not what it would write
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from vdcompress.report import Table
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+CHOSEN = ("fisher", "local", 4)
 TEXTS = ("books_dev", "docs_dev", "wikitext2_valid")
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -88,11 +89,132 @@ def cost() -> Table:
     return Table("", ("apply, 64 windows of 2048 tokens", "measured", "bound"), rows)
 
 
+def keys_and_groups(model: str) -> Table:
+    """Perplexity of every request at some starts, quantised caches of the original among them."""
+    found, caches = results(f"keys-and-groups-{model}"), results(f"quantized-caches-{model}")
+    base, cells, sizes = caches["base"], {}, {}
+    for row in found["rows"]:
+        name = asked_words(row["asked"])
+        start = (row["initializer"], row["refit"], row["alternate"])
+        cells.setdefault(name, {})[start] = figures(row["texts"])
+        sizes[name] = row["bytes_per_token"]
+    whole = base["bytes_per_token"]
+    starts = (("pca", "none", 0), ("optimal", "none", 0), ("fisher", "none", 0), CHOSEN)
+    rows = [
+        (sizes[name], name, *(by_start.get(start, "") for start in starts))
+        for name, by_start in cells.items()
+    ]
+    blank = ("",) * (len(starts) - 1)
+    for row in caches["rows"]:
+        name = f"*{row['cache']} cache of the original*"
+        rows.append((row["bytes_per_token"], name, *blank, figures(row["texts"])))
+    rows.append((whole, "*uncompressed*", *blank, figures(found["base"])))
+    rows.sort(key=lambda row: (-row[0], row[1]))
+    shown = tuple((name, str(size), f"{size / whole:.1%}", *rest) for size, name, *rest in rows)
+    named = ("pca", "optimal", "fisher", "fisher, repaired")
+    header = ("setting", "bytes per token", "of fp16", *named)
+    return Table("", header, shown)
+
+
+def asked_words(asked: dict[str, Any]) -> str:
+    """Return a request as its flags."""
+    flags = {"target": "for"}
+    return " ".join(
+        f"--{flags.get(name, name).replace('_', '-')} {value}" for name, value in asked.items()
+    )
+
+
+def starts(model: str, asked: dict[str, Any]) -> Table:
+    """Perplexity of every start for one request."""
+    rows = tuple(
+        (row["initializer"], repair_words(row), figures(row["texts"]), held_out_kl(row["texts"]))
+        for row in results(f"keys-and-groups-{model}")["rows"]
+        if row["asked"] == asked
+    )
+    header = ("start", "repair", "books / docs / wikitext2", "KL on held-out books / documents")
+    return Table("", header, rows, words=2)
+
+
+def repair_words(row: dict[str, Any]) -> str:
+    """Return what follows an initialiser."""
+    words = [] if row["refit"] == "none" else [row["refit"]]
+    words += [f"{row['alternate']} rounds"] if row["alternate"] else []
+    return ", ".join(words) or "none"
+
+
+def held_out_kl(texts: dict[str, Any]) -> str:
+    """Return the divergences that choices are made by."""
+    return " / ".join(f"{texts[f'held-out {kind}']['kl']:.4f}" for kind in ("books", "docs"))
+
+
+def predictions(model: str) -> Table:
+    """Show the predicted loss of plans beside the divergence that was measured."""
+    rows = tuple(
+        (
+            asked_words(row["asked"]),
+            f"{sum(row['predicted'].values()):.4f}",
+            held_out_kl(row["texts"]),
+        )
+        for row in results(f"keys-and-groups-{model}")["rows"]
+        if (row["initializer"], row["refit"], row["alternate"]) == CHOSEN
+    )
+    return Table("", ("setting", "predicted, nats per token", "measured, books / documents"), rows)
+
+
+def calibration_sets(model: str) -> Table:
+    """Perplexity by calibration set, one column for each request."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in results(f"calibration-sets-{model}")["rows"]:
+        cells.setdefault(row["set"], {})[asked_words(row["asked"])] = figures(row["texts"])
+    requests = list(dict.fromkeys(name for by_asked in cells.values() for name in by_asked))
+    rows = tuple(
+        (name, *(by_asked.get(asked, "") for asked in requests)) for name, by_asked in cells.items()
+    )
+    return Table("", ("windows", *requests), rows)
+
+
+def bound() -> Table:
+    """Show what gradient descent on the calibration windows adds to the closed form."""
+    rows = []
+    for row in results("latent-bound-pythia-70m-standin")["rows"]:
+        asked = asked_words(row["asked"])
+        rows.append((asked, "closed form", figures(row["closed_form"])))
+        rows.append((asked, "descended", figures(row["descended"])))
+    return Table("", ("setting", "weights", "books / docs / wikitext2"), tuple(rows), words=2)
+
+
+def candidates() -> Table:
+    """Show every metric and repair that was tried."""
+    found = results("candidates-pythia-70m-standin")
+    rows = tuple(
+        (row["group"], row["words"], candidate_figures(row["perplexity"])) for row in found["rows"]
+    )
+    header = ("what", "candidate", "books / docs / wikitext2; held-out books / documents")
+    return Table("", header, rows, words=2)
+
+
+def candidate_figures(found: dict[str, float]) -> str:
+    """Return five perplexities."""
+    texts = {name: {"perplexity": value} for name, value in found.items()}
+    held = (f"{found[f'held-out {kind}']:.2f}" for kind in ("books", "docs"))
+    return f"{figures(texts)}; {' / '.join(held)}"
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "pythia": lambda: training_free("pythia-70m-standin", (384, 320, 256)),
     "llama": lambda: training_free("llama-32m-standin", (96, 80)),
     "healing": healing,
     "cost": cost,
+    "keys-pythia": lambda: keys_and_groups("pythia-70m-standin"),
+    "keys-llama": lambda: keys_and_groups("llama-32m-standin"),
+    "starts-kv320": lambda: starts("pythia-70m-standin", {"v_dim": 320, "k_dim": 320}),
+    "starts-mqa192": lambda: starts(
+        "pythia-70m-standin", {"v_dim": 192, "k_dim": 192, "groups": 1}
+    ),
+    "predictions": lambda: predictions("pythia-70m-standin"),
+    "calibration": lambda: calibration_sets("pythia-70m-standin"),
+    "bound": bound,
+    "candidates": candidates,
 }
 
 
@@ -102,12 +224,14 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
-    new = filled(text)
-    if "--check" in sys.argv:
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    wrong = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        new = filled(text)
+        wrong |= int(new != text)
+        if "--check" not in sys.argv:
+            document.write_text(new, encoding="utf-8")
+    return wrong if "--check" in sys.argv else 0
 
 
 if __name__ == "__main__":

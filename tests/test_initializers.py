@@ -180,7 +180,7 @@ def test_singular_data(
     problem = layer.problem
     latents = initializers.get(name).solve(problem)
     weights = fold(problem, latents) if rounds is None else refit(problem, latents, rounds)
-    assert all(torch.isfinite(x).all() for x in vars(weights).values())
+    assert all(x is None or torch.isfinite(x).all() for x in vars(weights).values())
     if name in CENTRED:  # 2 dimensions of variance fit into 5
         assert damage(layer, apply(problem, weights, layer)) < 1e-8 * layer.y.var()
 
@@ -190,7 +190,7 @@ def test_a_head_that_is_not_read() -> None:
     problem = replace(layer.problem, o_weight=layer.problem.o_weight * 0)
     latents = initializers.get("optimal").solve(problem)
     weights = refit(problem, latents, 2)
-    assert all(torch.isfinite(x).all() for x in vars(weights).values())
+    assert all(x is None or torch.isfinite(x).all() for x in vars(weights).values())
 
 
 # random

@@ -115,11 +115,10 @@ def naive_gradients(base: Base, ids: Tensor, labels: Tensor) -> list[dict[str, T
 
     AttentionInterface.register("naive", attend)
     AttentionMaskInterface.register("naive", sdpa_mask)
-    copy = type(base.model)(base.config).eval()
+    copy = type(base.model)(deepcopy(base.config)).eval()
     copy.load_state_dict(base.model.state_dict())
     copy.tie_weights()
-    copy.config = deepcopy(copy.config)
-    copy.set_attn_implementation("naive")
+    copy.config._attn_implementation = "naive"
     logits = copy(ids, use_cache=False).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
     return [

@@ -92,28 +92,35 @@ def cost() -> Table:
 def keys_and_groups(model: str) -> Table:
     """Perplexity of every request at some starts, quantised caches of the original among them."""
     found, caches = results(f"keys-and-groups-{model}"), results(f"quantized-caches-{model}")
-    base, cells, sizes = caches["base"], {}, {}
+    base, cells, sizes, changed = caches["base"], {}, {}, {}
     for row in found["rows"]:
         name = asked_words(row["asked"])
         start = (row["initializer"], row["refit"], row["alternate"])
-        cells.setdefault(name, {})[start] = figures(row["texts"])
+        cells.setdefault(name, {})[start] = figures(row["texts"])  # cheaper maps come last
+        changed[name] = changes(row["texts"])
         sizes[name] = row["bytes_per_token"]
     whole = base["bytes_per_token"]
     starts = (("pca", "none", 0), ("optimal", "none", 0), ("fisher", "none", 0), CHOSEN)
     rows = [
-        (sizes[name], name, *(by_start.get(start, "") for start in starts))
+        (sizes[name], name, *(by_start.get(start, "") for start in starts), changed[name])
         for name, by_start in cells.items()
     ]
     blank = ("",) * (len(starts) - 1)
     for row in caches["rows"]:
         name = f"*{row['cache']} cache of the original*"
-        rows.append((row["bytes_per_token"], name, *blank, figures(row["texts"])))
-    rows.append((whole, "*uncompressed*", *blank, figures(found["base"])))
+        found_figures = (figures(row["texts"]), changes(row["texts"]))
+        rows.append((row["bytes_per_token"], name, *blank, *found_figures))
+    rows.append((whole, "*uncompressed*", *blank, figures(found["base"]), ""))
     rows.sort(key=lambda row: (-row[0], row[1]))
     shown = tuple((name, str(size), f"{size / whole:.1%}", *rest) for size, name, *rest in rows)
-    named = ("pca", "optimal", "fisher", "fisher, repaired")
+    named = ("pca", "optimal", "fisher", "fisher, repaired", "its change")
     header = ("setting", "bytes per token", "of fp16", *named)
     return Table("", header, shown)
+
+
+def changes(texts: dict[str, Any]) -> str:
+    """Return by how much the three perplexities are above the base's."""
+    return " / ".join(f"{texts[name]['ratio'] - 1:+.1%}" for name in TEXTS)
 
 
 def asked_words(asked: dict[str, Any]) -> str:
@@ -127,12 +134,18 @@ def asked_words(asked: dict[str, Any]) -> str:
 def starts(model: str, asked: dict[str, Any]) -> Table:
     """Perplexity of every start for one request."""
     rows = tuple(
-        (row["initializer"], repair_words(row), figures(row["texts"]), held_out_kl(row["texts"]))
+        (
+            row["initializer"],
+            repair_words(row),
+            row["maps"].replace("_", " "),
+            figures(row["texts"]),
+            held_out_kl(row["texts"]),
+        )
         for row in results(f"keys-and-groups-{model}")["rows"]
         if row["asked"] == asked
     )
-    header = ("start", "repair", "books / docs / wikitext2", "KL on held-out books / documents")
-    return Table("", header, rows, words=2)
+    measured = ("books / docs / wikitext2", "KL on held-out books / documents")
+    return Table("", ("start", "repair", "maps", *measured), rows, words=3)
 
 
 def repair_words(row: dict[str, Any]) -> str:
@@ -149,16 +162,16 @@ def held_out_kl(texts: dict[str, Any]) -> str:
 
 def predictions(model: str) -> Table:
     """Show the predicted loss of plans beside the divergence that was measured."""
-    rows = tuple(
-        (
-            asked_words(row["asked"]),
+    rows = {
+        asked_words(row["asked"]): (
             f"{sum(row['predicted'].values()):.4f}",
             held_out_kl(row["texts"]),
         )
         for row in results(f"keys-and-groups-{model}")["rows"]
         if (row["initializer"], row["refit"], row["alternate"]) == CHOSEN
-    )
-    return Table("", ("setting", "predicted, nats per token", "measured, books / documents"), rows)
+    }
+    header = ("setting", "predicted, nats per token", "measured, books / documents")
+    return Table("", header, tuple((name, *found) for name, found in rows.items()))
 
 
 def calibration_sets(model: str) -> Table:
@@ -173,31 +186,30 @@ def calibration_sets(model: str) -> Table:
     return Table("", ("windows", *requests), rows)
 
 
-def bound() -> Table:
-    """Show what gradient descent on the calibration windows adds to the closed form."""
-    rows = []
-    for row in results("latent-bound-pythia-70m-standin")["rows"]:
-        asked = asked_words(row["asked"])
-        rows.append((asked, "closed form", figures(row["closed_form"])))
-        rows.append((asked, "descended", figures(row["descended"])))
-    return Table("", ("setting", "weights", "books / docs / wikitext2"), tuple(rows), words=2)
-
-
 def candidates() -> Table:
-    """Show every metric and repair that was tried."""
-    found = results("candidates-pythia-70m-standin")
+    """Show the metrics and repairs that were tried."""
     rows = tuple(
-        (row["group"], row["words"], candidate_figures(row["perplexity"])) for row in found["rows"]
+        (row["group"], row["words"], figures(row["texts"]), held_out(row["texts"]))
+        for row in results("candidates-pythia-70m-standin")["rows"]
     )
-    header = ("what", "candidate", "books / docs / wikitext2; held-out books / documents")
+    header = ("what", "candidate", "books / docs / wikitext2", "held-out books / documents")
     return Table("", header, rows, words=2)
 
 
-def candidate_figures(found: dict[str, float]) -> str:
-    """Return five perplexities."""
-    texts = {name: {"perplexity": value} for name, value in found.items()}
-    held = (f"{found[f'held-out {kind}']:.2f}" for kind in ("books", "docs"))
-    return f"{figures(texts)}; {' / '.join(held)}"
+def earlier_candidates() -> Table:
+    """Show what was tried before ``candidates.py`` had its names."""
+    rows = tuple(
+        (row["name"], figures(row["texts"]), held_out(row["texts"]))
+        for row in results("candidates-earlier-pythia-70m-standin")["rows"]
+    )
+    return Table("", ("candidate", "books / docs / wikitext2", "held-out books / documents"), rows)
+
+
+def held_out(texts: dict[str, Any]) -> str:
+    """Return the perplexities that choices are made by."""
+    return " / ".join(
+        f"{texts[f'held-out {kind}']['perplexity']:.2f}" for kind in ("books", "docs")
+    )
 
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -213,8 +225,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     ),
     "predictions": lambda: predictions("pythia-70m-standin"),
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
-    "bound": bound,
     "candidates": candidates,
+    "candidates-earlier": earlier_candidates,
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vdcompress import serving
 from vdcompress.allocate import Curve, Keys, allocate, key_curve, total, value_curve
+from vdcompress.cost import with_cheaper_maps
 from vdcompress.errors import PlanError
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.request import VLLM, Request
@@ -53,7 +54,14 @@ def layers_for(shape: ModelShape, request: Request, gains: Gains | None) -> tupl
         PlanError: gains are missing, or no plan is within the budget.
     """
     if request.kv_budget is not None:
-        return _budgeted(shape, request, _required(gains, request))
+        layers = _budgeted(shape, request, _required(gains, request))
+    else:
+        layers = _asked(shape, request, gains)
+    return tuple(with_cheaper_maps(layer, shape) for layer in layers)
+
+
+def _asked(shape: ModelShape, request: Request, gains: Gains | None) -> tuple[LayerLayout, ...]:
+    """Return the layouts of a request that names its widths."""
     count, (v_groups, k_groups) = shape.layers, request.groups(shape)
     full = shape.full_layout()
     values, keys = (full.v,) * count, ((full.k_nope, full.k_rotary),) * count

@@ -1,6 +1,6 @@
 """vdcompress: make the key/value cache of a pretrained language model smaller.
 
-    load -> calibrate -> make_plan -> rewrite -> heal -> evaluate -> export
+    load -> calibrate -> make_plan -> rewrite -> repair -> heal -> evaluate -> export
 
 Each verb is a function of its own; ``compress`` does all of them. Importing this package registers
 the compressed models with transformers' auto classes and costs nothing more until one is used.
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from vdcompress.calibrate import calibrate
     from vdcompress.evaluate import evaluate
     from vdcompress.export import export
+    from vdcompress.gains import gains
     from vdcompress.heal import HealSettings, heal
     from vdcompress.load import load, load_config
     from vdcompress.pipeline import compress
-    from vdcompress.plan import Plan, Start, make_plan
+    from vdcompress.plan import Plan, Start, make_plan, plan_for
+    from vdcompress.repair import repair
+    from vdcompress.request import Request
     from vdcompress.rewrite import rewrite
 
 __version__ = "0.1.0"
@@ -34,32 +37,40 @@ __all__ = [
     "Compressed",
     "HealSettings",
     "Plan",
+    "Request",
     "Start",
     "calibrate",
     "compress",
     "evaluate",
     "export",
+    "gains",
     "heal",
     "load",
     "load_artifact",
     "load_config",
     "make_plan",
+    "plan_for",
+    "repair",
     "rewrite",
 ]
 _ROOMS = {
     "Compressed": "artifact",
     "HealSettings": "heal",
     "Plan": "plan",
+    "Request": "request",
     "Start": "plan",
     "calibrate": "calibrate",
     "compress": "pipeline",
     "evaluate": "evaluate",
     "export": "export",
+    "gains": "gains",
     "heal": "heal",
     "load": "load",
     "load_artifact": "artifact",
     "load_config": "load",
     "make_plan": "plan",
+    "plan_for": "plan",
+    "repair": "repair",
     "rewrite": "rewrite",
 }
 

@@ -11,6 +11,7 @@ import argparse
 
 import vdcompress
 from vdcompress import initializers
+from vdcompress.calibrate import EVERYTHING
 from vdcompress.data.corpus import Source, documents
 from vdcompress.data.windows import draw_windows, tokenise
 
@@ -28,7 +29,7 @@ def main(quick: bool) -> None:
     held_out = tokenise(
         documents(stdlib, "evaluation"), base.tokenizer, limit=count // 8 * WINDOW + 1
     )
-    statistics = vdcompress.calibrate(base, training)  # once, for all of them
+    statistics = vdcompress.calibrate(base, training, needs=EVERYTHING)  # once, for all of them
 
     def perplexity(model: object) -> float:
         return vdcompress.evaluate(model, held_out, window=WINDOW, windows=count // 8).perplexity

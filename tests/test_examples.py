@@ -17,6 +17,7 @@ SAYS = {
     "compress_in_one_call": r"4,096 bytes per token before, 3,328 after \(-18\.8%\), 3,328 meas",
     "step_by_step": r"healed +2,816 .*\n.*\n.*exported loads without vdcompress",
     "reload_anywhere": r"3  \[1, 4, \d+, 64\] +\[1, 4, \d+, 24\]",
+    "half_the_cache": r"2048 bytes per token.*\n  perplexity \d\.\d+ -> \d\.\d+",
     "compare_starts": r"optimal( +\d+\.\d{3}){4}\n",
 }
 WRITES = ("step_by_step",)

@@ -24,7 +24,7 @@ def test_the_library_block_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     exec(blocks[-1], names)
-    assert names["plan"].reduction == 0.1875  # type: ignore[attr-defined]
+    assert names["plan"].reduction == 0.375  # type: ignore[attr-defined]
 
 
 def test_every_command_is_named_and_every_named_one_exists() -> None:

@@ -21,7 +21,6 @@ class Refit(StrEnum):
 
     none = "none"
     local = "local"
-    sequential = "sequential"
 
 
 class Allocation(StrEnum):

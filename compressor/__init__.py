@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from vdcompress.calibrate import calibrate
     from vdcompress.evaluate import evaluate
     from vdcompress.export import export
-    from vdcompress.gains import gains
     from vdcompress.heal import HealSettings, heal
     from vdcompress.load import load, load_config
     from vdcompress.pipeline import compress
@@ -43,7 +42,6 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
-    "gains",
     "heal",
     "load",
     "load_artifact",
@@ -63,7 +61,6 @@ _ROOMS = {
     "compress": "pipeline",
     "evaluate": "evaluate",
     "export": "export",
-    "gains": "gains",
     "heal": "heal",
     "load": "load",
     "load_artifact": "artifact",

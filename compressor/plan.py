@@ -65,8 +65,7 @@ class Start:
 
     Attributes:
         initializer: name of a module in ``vdcompress.initializers``.
-        refit: ``none``; ``local`` for the joint refit of the output projection; ``sequential``
-            for one that also repairs what the layers before it left out.
+        refit: ``none``, or ``local`` for the joint refit of the output projection.
         alternate: rounds of alternation after the refit.
         seed: of the random initialiser.
     """

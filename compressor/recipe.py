@@ -59,7 +59,7 @@ class StartSection(Section):
     and of initialisers the one that suits the plan."""
 
     initializer: str | None = None
-    refit: Literal["none", "local", "sequential"] | None = None
+    refit: Literal["none", "local"] | None = None
     alternate: Annotated[int, Field(ge=0)] | None = None
     seed: Seed = 0
 

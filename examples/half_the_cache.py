@@ -13,6 +13,7 @@ import vdcompress as vd
 from vdcompress.calibrate import EVERYTHING
 from vdcompress.data.corpus import Source, documents
 from vdcompress.data.windows import draw_windows, tokenise
+from vdcompress.gains import gains
 
 
 def main(quick: bool) -> None:
@@ -24,7 +25,7 @@ def main(quick: bool) -> None:
     tokens = tokenise(documents(text, "evaluation"), base.tokenizer, limit=2049)
 
     statistics = vd.calibrate(base, windows, needs=EVERYTHING)
-    found = vd.gains(base.shape, statistics)
+    found = gains(base.shape, statistics)
     start = vd.Start("fisher", refit="local", alternate=0)
     for share in (0.75, 0.5, 0.25):
         plan = vd.plan_for(base.shape, vd.Request(kv_budget=share), start, found)

@@ -163,7 +163,6 @@ def test_sizes(text: str, expected: int) -> None:
         (["--kv-budget", "0.5"], "needs the gains of the whole model"),
         (["--v-dim", "32", "--allocation", "layers"], "needs the gains of the whole model"),
         (["--v-dim", "32", "--initializer", "fisher"], "needs gradients through the whole model"),
-        (["--v-dim", "32", "--refit", "sequential"], "sequential refit runs the whole model"),
     ],
 )
 def test_what_takes_the_whole_model_is_refused(

@@ -73,7 +73,7 @@ def apply_streaming(
         on_event: hears what happens.
 
     Raises:
-        UsageError: for a plan that needs gains or a sequential refit, which take the whole model.
+        UsageError: for a plan or a start that needs gradients of the whole model.
         VDCompressError: nothing is written then.
     """
     if output is not None:
@@ -171,11 +171,6 @@ def _require_streamable(recipe: Recipe, config: BaseConfig) -> None:
             f"{start.initializer} needs gradients through the whole model, which --max-memory "
             "keeps out of memory",
             "take --initializer optimal, or allow more memory",
-        )
-    if recipe.start.refit == "sequential":
-        raise UsageError(
-            "a sequential refit runs the whole model, which --max-memory keeps out of memory",
-            "take --refit local, or allow more memory",
         )
 
 

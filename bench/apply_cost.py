@@ -53,7 +53,7 @@ def main() -> None:
 def times(base: Base, windows: torch.Tensor) -> dict[str, float]:
     """Return seconds of plain passes, calibration and rewriting, and the ratio that is bounded."""
     plan = make_plan(base.shape, v_dim=320)
-    needs = needed_statistics(plan)
+    needs = needed_statistics(plan.start, base.shape, plan)
     forward(base, windows[:1])
     seconds = {"forward": 0.0, "calibrate": 0.0, "rewrite": 0.0}
     for turn in windows.split(TURN):

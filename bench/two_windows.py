@@ -2,8 +2,8 @@
 
     VDCOMPRESS_STANDINS=... python bench/two_windows.py
 
-For each stand-in the uncompressed model, the SVD start (which needs no data) and the default start
-from 16 calibration windows.
+For each stand-in the uncompressed model, the SVD start (which needs no data), the default start of
+V from 16 calibration windows, and keys and values in one latent for all heads from 4 of them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from typing import Any
 
 import record
 import standins
+from torch import Tensor
 from training_free import calibration_windows, evaluation_tokens
 
-from vdcompress.calibrate import calibrate
+from vdcompress.calibrate import EVERYTHING, calibrate
 from vdcompress.evaluate import evaluate
-from vdcompress.load import load
-from vdcompress.plan import Start, make_plan
+from vdcompress.gains import gains
+from vdcompress.load import Base, load
+from vdcompress.plan import Start, make_plan, plan_for
+from vdcompress.repair import repair
+from vdcompress.request import Request
 from vdcompress.rewrite import rewrite
 
 TEXT = "docs_dev"
 WINDOWS, SAMPLES = 2, 16
 WIDTHS = {"pythia-70m-standin": 320, "llama-32m-standin": 80}
+SHARED = {"pythia-70m-standin": 192, "llama-32m-standin": 80}
+SHARED_SAMPLES = 4
 STARTS = {"svd": Start("svd", "none", 0), "optimal": Start()}
 
 
@@ -30,7 +36,8 @@ def measured(name: str) -> dict[str, Any]:
     """Return the base's figures and those of each start, for one stand-in."""
     base = load(standins.model(name))
     ids = evaluation_tokens(base, TEXT, WINDOWS)
-    statistics = calibrate(base, calibration_windows(base, SAMPLES, 0))
+    windows = calibration_windows(base, SAMPLES, 0)
+    statistics = calibrate(base, windows, needs=frozenset({"values", "outputs"}))
     found: dict[str, Any] = {"v_dim": WIDTHS[name]}
     for label, start in STARTS.items():
         plan = make_plan(base.shape, v_dim=WIDTHS[name], start=start)
@@ -39,7 +46,17 @@ def measured(name: str) -> dict[str, Any]:
         found["base"] = evaluation.base_perplexity
         found[label] = evaluation.perplexity
         found["parameters"] = sum(p.numel() for p in model.parameters())
-    return found
+    return found | {"shared": shared(base, ids, windows[:SHARED_SAMPLES], SHARED[name])}
+
+
+def shared(base: Base, ids: Tensor, windows: Tensor, width: int) -> float:
+    """Return the perplexity with K and V in one latent each, repaired."""
+    statistics = calibrate(base, windows, needs=EVERYTHING)
+    request = Request.of(v_dim=width, k_dim=width, groups=1)
+    start = Start("fisher", "local", 0)
+    plan = plan_for(base.shape, request, start, gains(base.shape, statistics))
+    model = repair(base, rewrite(base, plan, statistics), plan, windows)
+    return evaluate(model, ids, windows=WINDOWS).perplexity
 
 
 def main() -> None:

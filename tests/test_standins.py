@@ -12,7 +12,7 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 STORED = json.loads((BENCH / "results" / "two-windows.json").read_text())
-ROUNDING = 0.002
+ROUNDING, DRAWN = 0.002, 0.01
 
 
 @pytest.fixture
@@ -34,6 +34,7 @@ def test_figures_are_those_stored(two_windows: Any, name: str) -> None:
     for label in ("base", "svd", "optimal"):
         assert found[label] == pytest.approx(stored[label], rel=ROUNDING)
     assert found["base"] < found["optimal"] < found["svd"]
+    assert found["shared"] == pytest.approx(stored["shared"], rel=DRAWN)  # labels are drawn
 
 
 def test_stored_sizes_of_pythia() -> None:

@@ -108,7 +108,10 @@ def _prediction(found: Document) -> list[str]:
     if (predicted := found.get("predicted_loss")) is None:
         return []
     total = predicted["total"]
-    return [f"predicted: perplexity {math.expm1(total):+.2%} ({total:.4f} nats per token)"]
+    return [
+        f"predicted: perplexity {math.expm1(total):+.2%} ({total:.4f} nats per token); "
+        "to second order, what is measured tends to be up to twice that"
+    ]
 
 
 def _hint_at_sharing(out: Output, found: Document) -> None:

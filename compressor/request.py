@@ -119,12 +119,22 @@ class Request:
         found += width_problems("v_dim", self.v_dim, v_groups, shape)
         found += width_problems("k_dim", self.k_dim, k_groups, shape)
         found += self._rotary_problems(k_groups, shape)
+        found += self._budget_problems(shape)
         settled = self.kv_budget is None or (self.v_groups and self.k_groups)
         if settled and max(v_groups, k_groups) % min(v_groups, k_groups):
             found.append(f"{v_groups} groups of V and {k_groups} of K: neither is a multiple")
         if self.target == VLLM:
             found += self._vllm_problems(v_groups, k_groups, shape)
         return found
+
+    def _budget_problems(self, shape: ModelShape) -> list[str]:
+        """Say whether a budget is below the narrowest latents that there are."""
+        if self.kv_budget is None:
+            return []
+        least = STEP * ((self.v_groups or 1) + (self.k_groups or 1)) / (2 * shape.kv_dim)
+        if self.kv_budget >= least:
+            return []
+        return [f"kv_budget {self.kv_budget:g} is too few bytes: the least is {least:.4g}"]
 
     def require(self, shape: ModelShape) -> None:
         """Raise one :class:`PlanError` that names all :meth:`problems`, if there are any."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vdcompress import gains as measured
 from vdcompress.allocate import predicted_loss
 from vdcompress.budget import divisors
-from vdcompress.events import OnEvent, Stopwatch, ignore
+from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.pipeline.settings import checked_request, plan_of, start_of
 from vdcompress.plan import ModelShape, Plan
 from vdcompress.recipe import Recipe
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vdcompress.statistics import Statistics
 
 HINT_WIDTH = 2048
+TRUSTED_TOKENS = 64  # per dimension of V
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ def plan_measured(
         PlanError: what was asked for does not fit the model.
     """
     shape, request = base.shape, checked_request(recipe, base.shape)
+    if statistics.tokens < TRUSTED_TOKENS * shape.kv_dim:
+        on_event(
+            Warned(
+                f"{statistics.tokens} calibration tokens are few: the predicted loss will be too "
+                f"low, and so may be the quality; {TRUSTED_TOKENS * shape.kv_dim} or more are "
+                "better (--samples, --seq-len)"
+            )
+        )
     with Stopwatch(on_event).stage("plan"):
         counts = group_counts(request, shape)
         gains = measured.gains(shape, statistics, counts)

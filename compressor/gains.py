@@ -87,7 +87,8 @@ def output_shares(
 
     Args:
         base: its output projections weigh errors.
-        statistics: values.
+        statistics: values; where there are none, outputs of a model without grouped queries
+            stand for them: what a shared latent leaves out if all its heads attend alike.
         groups: numbers of latents to look at.
 
     Returns:
@@ -99,7 +100,7 @@ def output_shares(
         weight = base.family.weights(attention).o.weight.double()
         heads = weight.unflatten(1, (base.shape.heads, -1)).permute(1, 0, 2)
         gram = (heads.mT @ heads).unflatten(0, (base.shape.kv_heads, -1)).sum(1)
-        values = layer.require("values")
+        values = layer.require("outputs" if layer.values is None else "values")
         shares = {}
         for count in groups:
             left = _left_out(block_diagonal(gram, count), values.blocks(count).covariance)

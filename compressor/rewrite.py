@@ -80,9 +80,14 @@ def needed_statistics(start: Start, shape: ModelShape, plan: Plan | None = None)
         plan: what the cache keeps; None asks for what any plan may read.
     """
     initializer = initializers.get(start.initializer)
-    needs = initializer.needs
-    if start.refit != "none":
-        needs = needs | {"outputs"}
+    layers = plan.layers if plan is not None else ()
+    narrower = [layer.v_groups for layer in layers if layer.v_dim < shape.kv_dim]
+    needs: frozenset[str] = frozenset()
+    if plan is None or shape.kv_heads in narrower:
+        needs = initializer.needs if start.refit == "none" else initializer.needs | {"outputs"}
+    if plan is None or any(groups < shape.kv_heads for groups in narrower):
+        shared = initializer.shared_needs
+        needs = needs | (initializer.needs if shared is None else shared)
     if plan is None or any(not _keeps_keys(shape, plan, index) for index in range(shape.layers)):
         needs = needs | initializer.key_needs
         own = plan is None or any(layer.k_groups == shape.kv_heads for layer in plan.layers)

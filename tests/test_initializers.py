@@ -86,7 +86,7 @@ def test_defaults_can_run(name: str) -> None:
     initializer = initializers.get(name)
     assert initializer.default_refit in ("none", "local")
     assert initializer.default_alternate >= 0
-    assert initializer.needs <= EVERYTHING
+    assert initializer.needs | (initializer.shared_needs or frozenset()) <= EVERYTHING
     assert initializer.key_needs <= EVERYTHING
 
 

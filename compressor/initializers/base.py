@@ -24,7 +24,8 @@ class Initializer:
 
     Attributes:
         solve: maps a problem to latents of V; at full width they restore every value exactly.
-        needs: which moments it reads for V.
+        needs: which moments it reads for V where each key/value head has a latent.
+        shared_needs: which it reads for V where heads share one; None is the same.
         keys: the metric by which latents of K are found.
         key_needs: which moments it reads for K.
         default_refit: ``none`` or ``local`` when the user names neither.
@@ -33,6 +34,7 @@ class Initializer:
 
     solve: Callable[[ValueProblem], Latents]
     needs: frozenset[str]
+    shared_needs: frozenset[str] | None = None
     keys: Callable[[KeyProblem], KeyMetric] = plain_keys
     key_needs: frozenset[str] = frozenset({"keys"})
     default_refit: str = "none"

@@ -32,7 +32,8 @@ def keys(problem: KeyProblem) -> KeyMetric:
 
 INITIALIZER = Initializer(
     solve,
-    needs=frozenset({"values", "outputs", "value_gradients", "output_gradients"}),
+    needs=frozenset({"outputs", "output_gradients"}),
+    shared_needs=frozenset({"values", "value_gradients"}),
     keys=keys,
     key_needs=frozenset({"keys", "key_gradients"}),
     default_refit="local",

@@ -77,7 +77,8 @@ def keys(problem: KeyProblem) -> KeyMetric:
 
 INITIALIZER = Initializer(
     solve,
-    needs=frozenset({"values", "outputs"}),
+    needs=frozenset({"outputs"}),
+    shared_needs=frozenset({"values"}),
     keys=keys,
     key_needs=frozenset({"keys", "queries"}),
     default_refit="local",

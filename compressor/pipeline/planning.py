@@ -78,7 +78,10 @@ def with_shared_hint(
 ) -> Planned:
     """Add what a bare ``--v-dim`` would lose in one latent of all heads, where that is cheap."""
     shape, request = base.shape, checked_request(recipe, base.shape)
-    if not wants_hint(request, shape) or statistics.layers[0].values is None:
+    measured_there = statistics.layers[0].values or (
+        statistics.layers[0].outputs if shape.heads == shape.kv_heads else None
+    )
+    if not wants_hint(request, shape) or measured_there is None:
         return planned
     with Stopwatch(on_event).stage("compare"):
         found = measured.output_shares(base, statistics, (1, shape.kv_heads))

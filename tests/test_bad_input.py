@@ -356,11 +356,15 @@ def test_an_interrupted_finetune_keeps_its_checkpoints_and_resumes(
     )
 
 
+# a job in the background begins with SIGINT ignored
+LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def test_interrupted_by_a_real_signal(tiny_neox: Path, text_file: Path, tmp_path: Path) -> None:
     many = ("--v-dim", "32", "--samples", "3000", "--seq-len", "16")
     command = ["apply", tiny_neox, *many, "--data", text_file]
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, command)],
+        [sys.executable, "-c", LISTENS + PROGRAM, *map(str, command)],
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,

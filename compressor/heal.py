@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vdcompress import checkpoints as store
 from vdcompress.errors import DataError, UsageError
 from vdcompress.events import EpochEnded, OnEvent, Warned, ignore
-from vdcompress.heal_settings import STAGE, HealSettings
+from vdcompress.healing import checkpoints as store
+from vdcompress.healing.settings import STAGE, HealSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from vdcompress.heal_trainer import HealTrainer
+    from vdcompress.healing.trainer import HealTrainer
 
 __all__ = ["STAGE", "HealSettings", "Healed", "heal", "trained_names"]
 
@@ -85,7 +85,7 @@ def heal(
         RunError: checkpoints lie there and ``resume`` is false, or they are of another run.
         ModelError: a loss became NaN or infinite.
     """
-    from vdcompress.heal_trainer import HealTrainer
+    from vdcompress.healing.trainer import HealTrainer
 
     started = time.perf_counter()
     settings = settings or HealSettings()
@@ -123,7 +123,7 @@ def heal(
 
 def _run(trainer: HealTrainer, last: Path | None) -> None:
     """Train from the start, or go on from a checkpoint that may be the end already."""
-    from vdcompress.heal_epochs import finished_record
+    from vdcompress.healing.epochs import finished_record
 
     if last is None:
         trainer.begin()

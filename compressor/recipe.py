@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vdcompress.errors import RecipeError, UsageError, did_you_mean
-from vdcompress.heal_settings import HealSettings
+from vdcompress.healing.settings import HealSettings
 
 VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"

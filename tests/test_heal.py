@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from vdcompress import checkpoints, heal_trainer
-from vdcompress.distill import Objective, cross_entropy, losses
 from vdcompress.errors import DataError, ModelError, RunError, UsageError
 from vdcompress.events import EpochEnded, Event, Progress, Warned, ignore
 from vdcompress.heal import Healed, HealSettings, heal, own_parameters, trained_names
+from vdcompress.healing import checkpoints, trainer
+from vdcompress.healing.objective import Objective, cross_entropy, losses
 
 VOCABULARY = 53
 SHORT = HealSettings(epochs=3, batch_size=4, learning_rate=3e-3, save_steps=3, chunk_tokens=40)
@@ -374,7 +374,7 @@ def test_a_finished_run_is_not_trained_again(text: tuple[Tensor, Tensor], tmp_pa
     assert len(kept) == checkpoints.KEPT
     assert all(map(checkpoints.is_complete, kept))
     attention = sum(v.numel() for name, v in finished[0].items() if ".attention." in name)
-    assert (kept[0] / heal_trainer.TRAINED).stat().st_size < 4 * attention + 4000
+    assert (kept[0] / trainer.TRAINED).stat().st_size < 4 * attention + 4000
     events: list[Event] = []
     student, teacher = pair(dropout=0.2)
 
@@ -400,7 +400,7 @@ def truncate(checkpoint: Path) -> None:
 
 
 def flip(checkpoint: Path) -> None:
-    path = checkpoint / heal_trainer.TRAINED
+    path = checkpoint / trainer.TRAINED
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -448,7 +448,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(heal_trainer, "save_file", full)
+    monkeypatch.setattr(trainer, "save_file", full)
     student, teacher = pair(dropout=0.2)
     events: list[Event] = []
     healed = heal(

@@ -12,7 +12,7 @@ import yaml
 
 from vdcompress.cli.options import Allocation, Refit, Target
 from vdcompress.errors import RecipeError
-from vdcompress.heal_settings import HealSettings
+from vdcompress.healing.settings import HealSettings
 from vdcompress.recipe import HealSection, PlanSection, Recipe, load_recipe, parse, shipped
 from vdcompress.request import ALLOCATIONS, TARGETS, Request
 

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdcompress import checkpoints, runs
+from vdcompress import runs
 from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
 from vdcompress.errors import RunError
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
+from vdcompress.healing import checkpoints
 from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vdcompress import initializers
 from vdcompress.errors import UsageError
 from vdcompress.events import OnEvent, Warned, ignore
-from vdcompress.heal_settings import HealSettings
+from vdcompress.healing.settings import HealSettings
 from vdcompress.plan import ModelShape, Plan, Start, plan_for, width_warnings
 from vdcompress.recipe import Recipe, model_of
 from vdcompress.request import Request

@@ -19,10 +19,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from vdcompress import checkpoints, distill
 from vdcompress.events import OnEvent, Warned
-from vdcompress.heal_epochs import Epochs, Record, finite
-from vdcompress.heal_settings import HealSettings
+from vdcompress.healing import checkpoints, objective
+from vdcompress.healing.epochs import Epochs, Record, finite
+from vdcompress.healing.settings import HealSettings
 
 TRAINED = "trained.safetensors"
 BEST = "best.safetensors"
@@ -63,7 +63,7 @@ class HealTrainer(Trainer):
         self.on_event = on_event
         on_cuda = student.device.type == "cuda"
         self.bf16 = on_cuda if settings.bf16 is None else settings.bf16
-        self.minimised = distill.Objective(
+        self.minimised = objective.Objective(
             kl=settings.kl_weight,
             ce=1.0 if teacher is None else settings.ce_weight,
             temperature=settings.temperature,
@@ -90,7 +90,7 @@ class HealTrainer(Trainer):
         Raises:
             ModelError: it is not a finite number.
         """
-        loss = distill.cross_entropy(
+        loss = objective.cross_entropy(
             self.student,
             self.validation,
             batch=self.settings.batch_size,
@@ -127,7 +127,9 @@ class HealTrainer(Trainer):
         del model, return_outputs, num_items_in_batch
         device = self.student.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            found = distill.losses(self.student, self.teacher, inputs["input_ids"], self.minimised)
+            found = objective.losses(
+                self.student, self.teacher, inputs["input_ids"], self.minimised
+            )
         self.sums[0] += found.cross_entropy
         self.sums[1] += found.tokens
         return found.objective / found.tokens

@@ -13,10 +13,10 @@ from transformers.trainer_callback import ExportableState
 
 from vdcompress.errors import ModelError
 from vdcompress.events import EpochEnded, Progress
-from vdcompress.heal_settings import STAGE
+from vdcompress.healing.settings import STAGE
 
 if TYPE_CHECKING:
-    from vdcompress.heal_trainer import HealTrainer
+    from vdcompress.healing.trainer import HealTrainer
 
 _LOOK_EVERY = 10
 

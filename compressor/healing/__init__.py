@@ -1,0 +1,1 @@
+"""What healing is made of: losses, the training loop, checkpoints."""

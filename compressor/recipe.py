@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vdcompress.errors import RecipeError, UsageError, did_you_mean
-from vdcompress.healing.settings import HealSettings
+from vdcompress.healing.settings import HealSettings, Schedule, Target, Train
 
 VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -94,30 +94,44 @@ class EvaluationSection(Section):
         return positions
 
 
-class HealSection(Section):
+class TrainingSection(Section):
+    """How weights are trained; each key is explained at :class:`HealSettings`."""
+
+    epochs: Count = HealSettings.epochs
+    patience: Count = HealSettings.patience
+    learning_rate: Positive = HealSettings.learning_rate
+    latents_rate: Positive = HealSettings.latents_rate
+    attention_rate: Positive = HealSettings.attention_rate
+    body_rate: Positive = HealSettings.body_rate
+    embeddings_rate: Positive = HealSettings.embeddings_rate
+    batch_size: Count = HealSettings.batch_size
+    micro_batch: Count | None = HealSettings.micro_batch
+    distill: bool = HealSettings.distill
+    target: Target = HealSettings.target
+    kl_weight: Weight = HealSettings.kl_weight
+    ce_weight: Weight = HealSettings.ce_weight
+    hidden_weight: Weight = HealSettings.hidden_weight
+    temperature: Positive = HealSettings.temperature
+    teacher_top_k: Count | None = HealSettings.teacher_top_k
+    schedule: Schedule = HealSettings.schedule
+    warmup_ratio: Share = HealSettings.warmup_ratio
+    weight_decay: Weight = HealSettings.weight_decay
+    max_grad_norm: Weight = HealSettings.max_grad_norm
+    train: Train = HealSettings.train
+    seed: Seed = HealSettings.seed
+    bf16: bool | None = HealSettings.bf16
+    gradient_checkpointing: bool = HealSettings.gradient_checkpointing
+    max_steps: Count | None = HealSettings.max_steps
+    save_steps: Count | None = HealSettings.save_steps
+
+
+class HealSection(TrainingSection):
     """How a finetune heals; ``data`` null is the training part of the calibration's text."""
 
     data: str | None = None
     samples: Count = 10_000
     validation_samples: Count = 500
     seq_len: Annotated[int, Field(ge=2)] = 128
-    epochs: Count = HealSettings.epochs
-    patience: Count = HealSettings.patience
-    learning_rate: Positive = HealSettings.learning_rate
-    batch_size: Count = HealSettings.batch_size
-    distill: bool = HealSettings.distill
-    kl_weight: Weight = HealSettings.kl_weight
-    ce_weight: Weight = HealSettings.ce_weight
-    temperature: Positive = HealSettings.temperature
-    schedule: Literal["cosine", "linear", "constant"] = HealSettings.schedule
-    warmup_ratio: Share = HealSettings.warmup_ratio
-    weight_decay: Weight = HealSettings.weight_decay
-    max_grad_norm: Weight = HealSettings.max_grad_norm
-    train: Literal["attention", "all"] = HealSettings.train
-    seed: Seed = HealSettings.seed
-    bf16: bool | None = HealSettings.bf16
-    max_steps: Count | None = HealSettings.max_steps
-    save_steps: Count | None = HealSettings.save_steps
 
 
 class GateSection(Section):

@@ -65,13 +65,13 @@ def pair(
 
 @pytest.fixture(scope="module")
 def text() -> tuple[Tensor, Tensor]:
-    """Return training windows [30, 12] and validation windows [20, 12] that the teacher wrote."""
+    """Return training windows [32, 12] and validation windows [20, 12] that the teacher wrote."""
     torch.manual_seed(1)
-    begins = torch.randint(1, VOCABULARY, (50, 1))
+    begins = torch.randint(1, VOCABULARY, (52, 1))
     written = random_model(0).generate(
         begins, max_new_tokens=11, min_new_tokens=11, do_sample=True, pad_token_id=0
     )
-    return written[:30], written[30:]
+    return written[:32], written[32:]
 
 
 def weights(model: Any) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ def test_logits_exist_for_one_chunk_at_a_time(text: tuple[Tensor, Tensor]) -> No
     losses(student, teacher, text[0], Objective(1.0, 0.0, chunk=50)).objective.backward()
 
     assert max(rows) == 50
-    assert sum(rows) == 4 * 330  # both models, forward and again in backward
+    assert sum(rows) == 4 * 352  # both models, forward and again in backward
 
 
 # The finetune
@@ -179,7 +179,7 @@ def test_distillation_brings_the_student_back(text: tuple[Tensor, Tensor], tmp_p
     loss = cross_entropy(student, text[1], batch=8, chunk=100)
     assert math.exp(loss) == pytest.approx(healed.best_val_ppl, rel=1e-5)
     assert [event for event in events if isinstance(event, EpochEnded)] == list(healed.history)
-    assert healed.tokens_seen == len(healed.history) * 30 * 11
+    assert healed.tokens_seen == len(healed.history) * 32 * 11
     assert equal(weights(teacher), taught)
     changed = {name for name, value in weights(student).items() if not value.equal(before[name])}
     assert changed == set(trained_names(student, "attention"))
@@ -242,9 +242,9 @@ def test_steps_are_bounded(text: tuple[Tensor, Tensor], tmp_path: Path) -> None:
 
     healed = heal(student, teacher, *text, settings, checkpoints=tmp_path)
 
-    assert settings.total_steps(30) == 10
-    assert replace(settings, max_steps=None).total_steps(30) == 3 * 8
-    assert healed.tokens_seen == (30 + 8) * 11
+    assert settings.total_steps(32) == 10
+    assert replace(settings, max_steps=None).total_steps(32) == 3 * 8
+    assert healed.tokens_seen == (32 + 8) * 11
     assert len(healed.history) == 2
 
 

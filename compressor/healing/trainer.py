@@ -70,7 +70,8 @@ class HealTrainer(Trainer):
             chunk=settings.chunk_tokens,
         )
         arguments = _arguments(settings, folder, student.device)
-        super().__init__(student, arguments, train_dataset=Windows(train))
+        whole = settings.steps_per_epoch(len(train)) * settings.windows_per_step(len(train))
+        super().__init__(student, arguments, train_dataset=Windows(train[:whole]))
         self.remove_callback(PrinterCallback)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.best: dict[str, Tensor] = {}

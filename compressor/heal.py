@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vdcompress.errors import DataError, UsageError
 from vdcompress.events import EpochEnded, OnEvent, Warned, ignore
 from vdcompress.healing import checkpoints as store
+from vdcompress.healing.parameters import own_parameters, trained_names
 from vdcompress.healing.settings import STAGE, HealSettings
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 
     from vdcompress.healing.trainer import HealTrainer
 
-__all__ = ["STAGE", "HealSettings", "Healed", "heal", "trained_names"]
-
-_ATTENTION = (".attention.", ".self_attn.")
+__all__ = ["STAGE", "HealSettings", "Healed", "heal"]
 
 
 @dataclass(frozen=True)
@@ -152,41 +151,6 @@ def _check(
                 f"no {name} windows: their shape is {list(windows.shape)}",
                 "give at least one window of at least two tokens",
             )
-
-
-def trained_names(student: nn.Module, train: str) -> list[str]:
-    """Return the names of the parameters that ``settings.train`` selects.
-
-    Raises:
-        UsageError: there are none.
-    """
-    names = [name for name, _ in student.named_parameters()]
-    if train == "attention":
-        names = [name for name in names if any(part in name for part in _ATTENTION)]
-    if not names:
-        raise UsageError(f"the model has no parameters to train as {train!r}", "train 'all'")
-    return names
-
-
-def own_parameters(student: nn.Module, names: list[str], teacher: nn.Module | None) -> None:
-    """Give the student its own copy of each parameter to train that the teacher also uses.
-
-    Parameters tied within the student stay tied.
-    """
-    shared = set() if teacher is None else {_storage(p) for p in teacher.parameters()}
-    wanted = {id(student.get_parameter(name)) for name in names}
-    copies: dict[int, nn.Parameter] = {}
-    for module in student.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in wanted and _storage(parameter) in shared:
-                if id(parameter) not in copies:
-                    copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                    copies[id(parameter)] = copy
-                setattr(module, name, copies[id(parameter)])
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager

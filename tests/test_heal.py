@@ -21,9 +21,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from vdcompress.errors import DataError, ModelError, RunError, UsageError
 from vdcompress.events import EpochEnded, Event, Progress, Warned, ignore
-from vdcompress.heal import Healed, HealSettings, heal, own_parameters, trained_names
+from vdcompress.heal import Healed, HealSettings, heal
 from vdcompress.healing import checkpoints, trainer
 from vdcompress.healing.objective import Objective, cross_entropy, losses
+from vdcompress.healing.parameters import own_parameters, trained_names
 
 VOCABULARY = 53
 SHORT = HealSettings(epochs=3, batch_size=4, learning_rate=3e-3, save_steps=3, chunk_tokens=40)
@@ -533,7 +534,7 @@ def test_unsound_arguments_are_refused(text: tuple[Tensor, Tensor], tmp_path: Pa
     with pytest.raises(DataError, match="no training windows"):
         heal(student, teacher, text[0][:, :1], text[1], SHORT, checkpoints=tmp_path)
     with pytest.raises(UsageError, match="no parameters to train"):
-        trained_names(torch.nn.Linear(2, 2), "attention")
+        trained_names(random_model(0), "latents")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ at a time; with more than one chunk, backward computes each chunk's logits again
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +69,50 @@ def losses(
         sums.append(_recomputed(chunk, ours[part]) if again else chunk.sums(ours[part]))
     total = torch.stack([one for one, _ in sums]).sum()
     return Losses(total, torch.stack([ce for _, ce in sums]).sum(), len(labels))
+
+
+class Distilled(nn.Module):
+    """A student beside its teacher: one module that maps windows to what is minimised.
+
+    Wrappers such as DDP and FSDP see both in one. The teacher, if there is one, stays in
+    evaluation mode and gets no gradients.
+    """
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = None if teacher is None else teacher.requires_grad_(False)
+        self.objective = objective
+
+    def train(self, mode: bool = True) -> Distilled:
+        """Set the student's mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, input_ids: Tensor, measure: bool = False) -> dict[str, Tensor]:
+        """Compare the next-token distributions on windows [b, length].
+
+        Args:
+            input_ids: each token predicts the next.
+            measure: only the cross-entropy, without gradients.
+
+        Returns:
+            ``loss``, the mean objective per predicted token, unless only measured;
+            ``cross_entropy``, summed over them, in nats, without gradient;
+            ``tokens``, how many there are.
+        """
+        teacher, objective = self.teacher, self.objective
+        if measure:
+            teacher, objective = None, replace(objective, kl=0.0, ce=1.0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not measure):
+            found = losses(self.student, teacher, input_ids, objective)
+        tokens = torch.tensor(found.tokens, device=input_ids.device)
+        sums = {"cross_entropy": found.cross_entropy, "tokens": tokens}
+        return sums if measure else {"loss": found.objective / found.tokens, **sums}
 
 
 def _hidden(model: PreTrainedModel, inputs: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import (
 
 from vdcompress.events import OnEvent, Warned
 from vdcompress.healing import checkpoints, objective
+from vdcompress.healing.divergence import Objective
 from vdcompress.healing.epochs import Epochs, Record, finite
 from vdcompress.healing.settings import HealSettings
 
@@ -63,7 +64,7 @@ class HealTrainer(Trainer):
         self.on_event = on_event
         on_cuda = student.device.type == "cuda"
         self.bf16 = on_cuda if settings.bf16 is None else settings.bf16
-        self.minimised = objective.Objective(
+        self.minimised = Objective(
             kl=settings.kl_weight,
             ce=1.0 if teacher is None else settings.ce_weight,
             temperature=settings.temperature,

@@ -8,7 +8,6 @@ allocated.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +21,19 @@ if AVAILABLE:
     import triton.language as tl
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def _kernel(  # noqa: PLR0917 - a kernel's arguments have places
-        student: Any,
-        teacher: Any,
-        labels: Any,
-        objective: Any,
-        cross_entropy: Any,
-        vocabulary: Any,
-        kl: Any,
-        ce: Any,
+    def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+        student,
+        teacher,
+        labels,
+        objective,
+        cross_entropy,
+        vocabulary,
+        kl,
+        ce,
         HAS_TEACHER: tl.constexpr,
         GRADIENT: tl.constexpr,
         BLOCK: tl.constexpr,
-    ) -> None:
+    ):
         row = tl.program_id(0).to(tl.int64)
         student += row * vocabulary
         teacher += row * vocabulary
@@ -55,7 +54,9 @@ if AVAILABLE:
                 t_sum = t_sum * tl.exp(t_most - most) + tl.sum(tl.exp(t - most), 0)
                 t_most = most
         s_norm = s_most + tl.log(s_sum)
-        t_norm = t_most + tl.log(t_sum)
+        t_norm = 0.0
+        if HAS_TEACHER:
+            t_norm = t_most + tl.log(t_sum)
         label = tl.load(labels + row)
         own = s_norm - tl.load(student + label).to(tl.float32)
         divergence = 0.0

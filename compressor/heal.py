@@ -1,7 +1,8 @@
 """Heal a compressed model: a short finetune with the base as teacher, by transformers' Trainer.
 
-One process and one device. Checkpoints hold only what is trained, so they are small; a run that
-is killed and resumed ends in the same weights as one that never was.
+In one process, or in as many as a launcher starts: data parallel, or sharded by FSDP2. Checkpoints
+hold only what is trained, so they are small; a run that is killed and resumed ends in the same
+weights as one that never was.
 """
 
 from __future__ import annotations
@@ -10,24 +11,28 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from vdcompress.errors import DataError, UsageError
+from vdcompress.errors import UsageError
 from vdcompress.events import EpochEnded, OnEvent, Warned, ignore
 from vdcompress.healing import checkpoints as store
+from vdcompress.healing import processes
+from vdcompress.healing.objective import Distilled, Objective
 from vdcompress.healing.parameters import own_parameters, trained_names
 from vdcompress.healing.settings import STAGE, HealSettings
+from vdcompress.healing.trackers import logging_to, require
+from vdcompress.healing.windows import Windows, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from vdcompress.healing.epochs import Record
     from vdcompress.healing.trainer import HealTrainer
 
 __all__ = ["STAGE", "HealSettings", "Healed", "heal"]
@@ -57,59 +62,76 @@ class Healed:
 def heal(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    train: Tensor,
-    validation: Tensor,
+    train: Tensor | Windows,
+    validation: Tensor | Windows,
     settings: HealSettings | None = None,
     *,
     checkpoints: Path,
     resume: bool = False,
+    report_to: Sequence[str] = (),
+    logs: Path | None = None,
     on_event: OnEvent = ignore,
 ) -> Healed:
     """Finetune a student in place; afterwards it has the weights of the best epoch.
+
+    Under a launcher (torchrun, ``accelerate launch``) all processes call this alike, with the same
+    models and windows. Then each has the best weights, and the main one writes and tells.
 
     Args:
         student: the compressed model, float32. It is never worse than it was on ``validation``.
         teacher: the base model, left unchanged; may share tensors with the student. Needed when
             ``settings.distill``, else not used.
-        train: token ids, int64 [n, length].
-        validation: token ids, int64 [m, length].
+        train: token ids, int64 [n, length], or windows; those beyond the last whole step of an
+            epoch are left out.
+        validation: token ids, int64 [m, length], or windows.
         settings: defaults to :class:`HealSettings`.
-        checkpoints: folder for checkpoints, made if need be; they stay after the end.
+        checkpoints: folder for checkpoints, made if need be; they stay after the end. The main
+            process's disk must be that of all.
         resume: go on from the newest complete checkpoint there, or from the start without one.
-        on_event: gets :class:`Progress` of stage ``finetune`` and :class:`EpochEnded`.
+        report_to: trackers that Trainer reports to, such as ``tensorboard``, ``trackio``,
+            ``wandb``.
+        logs: where trackers write, by default ``<checkpoints>/logs``.
+        on_event: gets :class:`Progress` of stage ``finetune`` and :class:`EpochEnded`, in the main
+            process.
 
     Raises:
-        UsageError: settings out of range, no teacher to distil from, nothing to train.
+        UsageError: settings out of range, no teacher to distil from, nothing to train, a step
+            that cannot be divided among processes, a tracker that is not installed.
         DataError: no windows, or windows of fewer than two tokens.
         RunError: checkpoints lie there and ``resume`` is false, or they are of another run.
         ModelError: a loss became NaN or infinite.
     """
+    from vdcompress.healing.arguments import divided
     from vdcompress.healing.trainer import HealTrainer
 
     started = time.perf_counter()
     settings = settings or HealSettings()
-    _check(student, teacher, train, validation, settings)
+    _check(student, teacher, settings, report_to)
+    training, measuring = windows_of(train, "training"), windows_of(validation, "validation")
+    divided(settings, len(training), processes.count())
+    processes.begin(student.device.type)
     teacher = teacher if settings.distill else None
     names = trained_names(student, settings.train)
-    identity = _identity(student, names, train, validation, settings)
-    store.claim(checkpoints, identity, resume=resume)
-    last = store.newest(checkpoints) if resume else None
-    if resume and last is None:
-        on_event(Warned(f"no complete checkpoint in {checkpoints}: starting from the beginning"))
+    identity = _identity(student, names, training, measuring, settings)
+    on_event = on_event if processes.is_main() else ignore
+    last = processes.shared(lambda: _claim(checkpoints, identity, resume, on_event))
     own_parameters(student, names, teacher)
-    with _only_these_train(student, names), _frozen(teacher, student.device):
+    with (
+        _only_these_train(student, names, settings),
+        _beside_its_teacher(student, teacher, settings) as distilled,
+        logging_to(logs or checkpoints / "logs"),
+    ):
         trainer = HealTrainer(
-            student,
-            teacher=teacher,
-            train=train,
-            validation=validation,
+            distilled,
+            train=training,
+            validation=measuring,
             settings=settings,
             folder=checkpoints,
+            report_to=report_to,
             on_event=on_event,
         )
-        _run(trainer, last)
-        trainer.restore_best()
-    record = trainer.record
+        record = _run(trainer, last)
+    trainer.restore_best(student)
     return Healed(
         history=tuple(EpochEnded(**epoch) for epoch in record.history),
         best_epoch=record.best_epoch,
@@ -118,83 +140,116 @@ def heal(
         initial_val_ppl=math.exp(record.initial_loss),
         best_val_ppl=math.exp(record.best_loss),
     )
-
-
-def _run(trainer: HealTrainer, last: Path | None) -> None:
-    """Train from the start, or go on from a checkpoint that may be the end already."""
-    from vdcompress.healing.epochs import finished_record
-
-    if last is None:
-        trainer.begin()
-    elif record := finished_record(last):
-        trainer.record = record
-        trainer.load(last)
-        return
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
-
-
 def _check(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    train: Tensor,
-    validation: Tensor,
     settings: HealSettings,
+    report_to: Sequence[str],
 ) -> None:
     settings.validate()
     if settings.distill and teacher is None:
         raise UsageError("distillation needs the base as teacher", "or train without distillation")
     if student is teacher:
         raise UsageError("student and teacher are the same model")
-    for name, windows in (("training", train), ("validation", validation)):
-        if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
-            raise DataError(
-                f"no {name} windows: their shape is {list(windows.shape)}",
-                "give at least one window of at least two tokens",
-            )
+    require(report_to)
+
+
+def _claim(
+    folder: Path, identity: dict[str, Any], resume: bool, on_event: OnEvent
+) -> Path | None:
+    """Take a folder for checkpoints; return the newest one if it is to be continued."""
+    store.claim(folder, identity, resume=resume)
+    last = store.newest(folder) if resume else None
+    if resume and last is None:
+        on_event(Warned(f"no complete checkpoint in {folder}: starting from the beginning"))
+    return last
+
+
+def _run(trainer: HealTrainer, last: Path | None) -> Record:
+    """Train from the start, or go on from a checkpoint that may be the end already."""
+    from vdcompress.healing.epochs import finished_record
+
+    record = None if last is None else finished_record(last)
+    if last is not None and record is not None:
+        trainer.load_best(last)
+        return record
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    return trainer.record
 
 
 @contextmanager
-def _only_these_train(student: nn.Module, names: list[str]) -> Iterator[None]:
+def _only_these_train(
+    student: PreTrainedModel, names: list[str], settings: HealSettings
+) -> Iterator[None]:
     """Let gradients reach some parameters only, and leave everything else as it was."""
     before = {name: p.requires_grad for name, p in student.named_parameters()}
     training = student.training
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
+    recomputes = settings.gradient_checkpointing
+    if recomputes:
+        _named(student, "checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
+        if recomputes:
+            _named(student, "checkpointing_disable")()
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(before[name])
             parameter.grad = None
         student.train(training)
 
 
+def _named(student: PreTrainedModel, method: str) -> Callable[..., None]:
+    """Return a method that newer transformers call ``activation_...``."""
+    new = getattr(student, f"activation_{method}", None)
+    return new or getattr(student, f"gradient_{method}")
+
+
 @contextmanager
-def _frozen(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """Put the teacher on the device, in evaluation mode, and back into its mode."""
-    if teacher is None:
-        yield
-        return
-    training = teacher.training
-    teacher.to(device).eval()
+def _beside_its_teacher(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, settings: HealSettings
+) -> Iterator[Distilled]:
+    """Put both into one module, on one device, and the teacher back into its mode."""
+    from vdcompress.healing import sharding
+
+    objective = Objective(
+        kl=settings.kl_weight,
+        ce=1.0 if teacher is None else settings.ce_weight,
+        temperature=settings.temperature,
+        chunk=settings.chunk_tokens,
+    )
+    training = teacher is not None and teacher.training
+    device = student.device
+    sharded = sharding.asked_for()
+    models = [model for model in (student, teacher) if model is not None]
+    for model in models:
+        model.to("cpu" if sharded else device)
     try:
-        yield
+        copies = [sharding.to_shard(model) for model in models] if sharded else models
+        yield Distilled(copies[0], copies[1] if teacher is not None else None, objective)
     finally:
-        teacher.train(training)
+        for model in models:
+            model.to(device)
+        if teacher is not None:
+            teacher.train(training)
 
 
 def _identity(
-    student: nn.Module, names: list[str], train: Tensor, validation: Tensor, settings: HealSettings
+    student: nn.Module,
+    names: list[str],
+    train: Windows,
+    validation: Windows,
+    settings: HealSettings,
 ) -> dict[str, Any]:
     """Return what must be equal for a resumed run to continue exactly."""
+    from vdcompress.healing import sharding
+
     shapes = [[name, list(student.get_parameter(name).shape)] for name in names]
     return asdict(settings) | {
-        "training data": _digest(train),
-        "validation data": _digest(validation),
+        "training data": train.digest,
+        "validation data": validation.digest,
         "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "processes": processes.count(),
+        "sharded": sharding.asked_for(),
     }
-
-
-def _digest(tokens: Tensor) -> str:
-    data = tokens.cpu().contiguous().numpy()
-    return hashlib.sha256(repr(data.shape).encode() + data.tobytes()).hexdigest()[:16]

@@ -48,7 +48,8 @@ def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
 
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint as complete: the digests of all its files, written last and atomically."""
-    digests = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    digests = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
     write_atomically(checkpoint / SEAL, json.dumps(digests, indent=1))
 
 

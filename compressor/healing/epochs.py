@@ -13,12 +13,12 @@ from transformers.trainer_callback import ExportableState
 
 from vdcompress.errors import ModelError
 from vdcompress.events import EpochEnded, Progress
+from vdcompress.healing import processes
+from vdcompress.healing.arguments import LOOK_EVERY
 from vdcompress.healing.settings import STAGE
 
 if TYPE_CHECKING:
     from vdcompress.healing.trainer import HealTrainer
-
-_LOOK_EVERY = 10
 
 
 @dataclass
@@ -57,16 +57,17 @@ class Epochs(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this callback."""
-        record = self.trainer.record
-        record.loss_sum, record.loss_tokens = self.trainer.training_sums()
-        return {"args": {}, "attributes": asdict(record)}
+        return {"args": {}, "attributes": asdict(self.trainer.record)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the record of the checkpoint that training resumes from."""
+        """Measure the start, or take up the record of the checkpoint that training resumes from."""
         del args, control, kwargs
-        if state.global_step:
-            record = record_of(state.stateful_callbacks)
-            self.trainer.record = record
+        if not state.global_step:
+            self.trainer.begin()
+            return
+        record = record_of(state.stateful_callbacks)
+        self.trainer.record = record
+        if processes.is_main():
             self.trainer.sums[0] = record.loss_sum
             self.trainer.sums[1] = record.loss_tokens
 
@@ -74,7 +75,7 @@ class Epochs(TrainerCallback, ExportableState):
         """Look at the loss now and then, and save within an epoch where that is asked for."""
         del args, kwargs
         step = state.global_step
-        if step % _LOOK_EVERY == 0:
+        if step % LOOK_EVERY == 0:
             note = f"train_ppl {_perplexity(*self.trainer.training_sums()):.4g}"
             self.trainer.on_event(Progress(STAGE, step, note))
         every = self.trainer.settings.save_steps
@@ -105,6 +106,8 @@ class Epochs(TrainerCallback, ExportableState):
         )
         control.should_training_stop = record.finished
         control.should_save = True
+        if trainer.args.report_to:
+            trainer.log({"train_perplexity": ended.train_ppl, "validation_perplexity": ended.val_ppl})
         trainer.on_event(ended)
 
 

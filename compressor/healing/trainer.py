@@ -3,82 +3,98 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from vdcompress.events import OnEvent, Warned
-from vdcompress.healing import checkpoints, objective
-from vdcompress.healing.divergence import Objective
+from vdcompress.healing import checkpoints, processes, sharding
+from vdcompress.healing.arguments import training_arguments
 from vdcompress.healing.epochs import Epochs, Record, finite
+from vdcompress.healing.objective import Distilled
+from vdcompress.healing.parameters import optimizer_groups
 from vdcompress.healing.settings import HealSettings
+from vdcompress.healing.windows import Batches, Windows, collate, rows
 
 TRAINED = "trained.safetensors"
 BEST = "best.safetensors"
 
 
-class Windows(Dataset[dict[str, Tensor]]):
-    """Training windows [n, length] as a data set."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self._windows = windows
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._windows[index]}
-
-
 class HealTrainer(Trainer):
-    """Trains some parameters of a student and keeps their best values in memory."""
+    """Trains some parameters of a student and keeps their best values in memory.
+
+    Args:
+        distilled: student and teacher; what requires gradients is trained.
+        train: windows to learn from.
+        validation: windows that decide when to stop.
+        settings: of the finetune.
+        folder: for checkpoints.
+        report_to: trackers by Trainer's names.
+        on_event: hears of the main process.
+    """
 
     def __init__(
         self,
-        student: PreTrainedModel,
+        distilled: Distilled,
         *,
-        teacher: PreTrainedModel | None,
-        train: Tensor,
-        validation: Tensor,
+        train: Windows,
+        validation: Windows,
         settings: HealSettings,
         folder: Path,
+        report_to: Sequence[str],
         on_event: OnEvent,
     ) -> None:
-        self.student = student
+        self.distilled = distilled
         self.settings = settings
         self.folder = folder
-        self.teacher = teacher
         self.validation = validation
         self.on_event = on_event
-        on_cuda = student.device.type == "cuda"
-        self.bf16 = on_cuda if settings.bf16 is None else settings.bf16
-        self.minimised = Objective(
-            kl=settings.kl_weight,
-            ce=1.0 if teacher is None else settings.ce_weight,
-            temperature=settings.temperature,
-            chunk=settings.chunk_tokens,
+        steps = settings.steps_per_epoch(len(train))
+        arguments = training_arguments(
+            settings,
+            windows=len(train),
+            processes=processes.count(),
+            folder=folder,
+            device=distilled.student.device,
+            report_to=report_to,
         )
-        arguments = _arguments(settings, folder, student.device)
-        whole = settings.steps_per_epoch(len(train)) * settings.windows_per_step(len(train))
-        super().__init__(student, arguments, train_dataset=Windows(train[:whole]))
+        super().__init__(
+            distilled,
+            arguments,
+            data_collator=collate,
+            train_dataset=Batches(train, steps * settings.windows_per_step(len(train))),
+        )
         self.remove_callback(PrinterCallback)
-        self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.best: dict[str, Tensor] = {}
-        self.sums = torch.zeros(2, dtype=torch.float64, device=student.device)
+        self.failed = ""
+        self.sums = torch.zeros(2, dtype=torch.float64, device=arguments.device)
         self.record = Record(math.inf, math.inf)
-        self.add_callback(Epochs(self, settings.steps_per_epoch(len(train))))
+        self.add_callback(Epochs(self, steps))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, and settle how it shards."""
+        super().create_accelerator_and_postprocess()
+        sharding.settle(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create AdamW with a rate for each group of parameters."""
+        del model
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = optimizer_groups(self.distilled.student, self.settings)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
 
     def begin(self) -> None:
         """Measure the start, which is the best until an epoch is better."""
@@ -87,122 +103,135 @@ class HealTrainer(Trainer):
         self.remember()
 
     def validation_loss(self) -> float:
-        """Return the mean cross-entropy on the validation windows.
+        """Return the mean cross-entropy on the validation windows, shared by the processes.
+
+        All processes run the model equally often, as sharded models must be.
 
         Raises:
             ModelError: it is not a finite number.
         """
-        loss = objective.cross_entropy(
-            self.student,
-            self.validation,
-            batch=self.settings.batch_size,
-            chunk=self.settings.chunk_tokens,
-            bf16=self.bf16,
-        )
-        return finite(loss, "validation")
+        model, count, device = self.model_wrapped, processes.count(), self.args.device
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        share = math.ceil(len(self.validation) / count)
+        mine = range(processes.rank(), len(self.validation), count)
+        with torch.no_grad():
+            for start in range(0, share, self.args.per_device_train_batch_size):
+                chosen = mine[start : start + self.args.per_device_train_batch_size]
+                batch = rows(self.validation, chosen or range(1)).to(device)
+                found = model(input_ids=batch, measure=True)
+                if chosen:
+                    sums[0] += found["cross_entropy"]
+                    sums[1] += found["tokens"]
+        sharding.reshard(model)
+        total, tokens = processes.added(sums).tolist()
+        return finite(total / tokens, "validation")
 
     def training_sums(self) -> tuple[float, int]:
-        """Return this epoch's summed cross-entropy and its tokens.
+        """Return this epoch's summed cross-entropy and its tokens, over all processes.
 
         Raises:
             ModelError: the loss is not a finite number.
         """
-        total, tokens = self.sums.tolist()
+        total, tokens = processes.added(self.sums).tolist()
         return finite(total, "training"), int(tokens)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the student's parameters that train, by name; they may be sharded."""
+        return sharding.named(self.distilled.student)
 
     def remember(self) -> None:
         """Keep a copy of the trained parameters as the best ones."""
-        self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.trained.items()}
+        self.best = {name: sharding.whole(p) for name, p in self.trained().items()}
 
-    def restore_best(self) -> None:
-        """Put the best values into the student."""
-        _assign(self.trained, self.best)
+    def load_best(self, checkpoint: Path) -> None:
+        """Take the best values from a complete checkpoint."""
+        self.best = load_file(checkpoint / BEST)
+
+    def restore_best(self, student: nn.Module) -> None:
+        """Put the best values into a student that is whole."""
+        sharding.assign({name: student.get_parameter(name) for name in self.best}, self.best)
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the mean objective per predicted token, and add up the cross-entropy."""
-        del model, return_outputs, num_items_in_batch
-        device = self.student.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            found = objective.losses(
-                self.student, self.teacher, inputs["input_ids"], self.minimised
-            )
-        self.sums[0] += found.cross_entropy
-        self.sums[1] += found.tokens
-        return found.objective / found.tokens
+        del return_outputs, num_items_in_batch
+        found: dict[str, Tensor] = model(**inputs)
+        self.sums[0] += found["cross_entropy"]
+        self.sums[1] += found["tokens"]
+        return found["loss"]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count nothing: the count would cost more than a small step."""
         del inputs
         return 0
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, seal and prune; a disk that is full costs the checkpoint, not the run."""
+        self.record.loss_sum, self.record.loss_tokens = self.training_sums()
         checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+        self.failed = ""
         try:
             super()._save_checkpoint(model, trial)
-            checkpoints.seal(checkpoint)
-            checkpoints.prune(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "unknown"
-            self.on_event(Warned(f"checkpoint {checkpoint.name} could not be saved: {reason}"))
+            self.failed = self.failed or _reason(error)
+        failures = processes.gathered(self.failed)
+        if processes.is_main():
+            self._seal(checkpoint, next(filter(None, failures), ""))
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _seal(self, checkpoint: Path, failed: str) -> None:
+        """Seal a checkpoint that all processes have written, or remove what is left of it."""
+        try:
+            if not failed:
+                checkpoints.seal(checkpoint)
+                checkpoints.prune(self.folder)
+        except OSError as error:
+            failed = _reason(error)
+        if failed:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            self.on_event(Warned(f"checkpoint {checkpoint.name} could not be saved: {failed}"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what is trained, and its best values; the rest of the model never changes."""
-        del state_dict
         checkpoint = self.folder if output_dir is None else Path(output_dir)
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        now = {name: p.detach().cpu().contiguous() for name, p in self.trained.items()}
-        save_file(now, checkpoint / TRAINED)
-        save_file(self.best, checkpoint / BEST)
+        now = {name: sharding.whole(p) for name, p in self.trained().items()}
+        try:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            if processes.is_main():
+                save_file(now, checkpoint / TRAINED)
+                save_file(self.best, checkpoint / BEST)
+        except (OSError, SafetensorError) as error:  # the others wait for what comes next
+            self.failed = _reason(error)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimiser's state; Trainer would save a sharded model beside it."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if processes.is_main():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scheduler = self.lr_scheduler.state_dict()
+            torch.save(scheduler, os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        del model
-        self.load(Path(resume_from_checkpoint))
-
-    def load(self, checkpoint: Path) -> None:
         """Load trained and best parameters from a complete checkpoint."""
-        _assign(self.trained, load_file(checkpoint / TRAINED))
-        self.best = load_file(checkpoint / BEST)
+        del model
+        checkpoint = Path(resume_from_checkpoint)
+        sharding.assign(self.trained(), load_file(checkpoint / TRAINED))
+        self.load_best(checkpoint)
 
 
-def _arguments(settings: HealSettings, folder: Path, device: torch.device) -> TrainingArguments:
-    schedules = {"constant": "constant_with_warmup"}
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=schedules.get(settings.schedule, settings.schedule),
-        warmup_steps=settings.warmup_ratio,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process drives one device
-    return arguments
-
-
-def _assign(parameters: dict[str, torch.nn.Parameter], values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["unknown"])[0]

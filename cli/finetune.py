@@ -98,19 +98,26 @@ def finetune(
             "evaluation.positions": read_positions(positions),
         }
         from vdcompress import runs
+        from vdcompress.healing import processes
         from vdcompress.pipeline import healing
 
         where = resolve_device(device)
         if resume:
             _require_alone(overrides, output)
-            job = healing.Job.saved(runs.resolve_partial(run))
-        else:
-            job = healing.new_job(runs.resolve(run), overrides, output=output, force=force)
+
+        def job_of_all() -> healing.Job:
+            if resume:
+                return healing.Job.saved(runs.resolve_partial(run))
+            return healing.new_job(runs.resolve(run), overrides, output=output, force=force)
+
+        processes.begin(where)
+        job = processes.shared(job_of_all)
         if run is None:
             out.note(f"run: {job.run}")
         kept.partial = job.partial
         results = healing.finetune_run(job, force=force, device=where, on_event=out.display)
-        show_run(out, results, f"next: vdcompress export {results['run']}")
+        if processes.is_main():
+            show_run(out, results, f"next: vdcompress export {results['run']}")
 
 
 class Checkpoints:

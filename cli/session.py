@@ -13,12 +13,14 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from vdcompress.cli.output import Flags, Kept, Output
 from vdcompress.errors import VDCompressError
+from vdcompress.healing import processes
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -46,6 +48,8 @@ def session(flags: Flags, kept: Kept = nothing_kept) -> Iterator[Output]:
         typer.Exit: with the exit code, whenever the body failed.
     """
     _quieten(flags)
+    if not processes.is_main():
+        flags = replace(flags, quiet=True)
     output = Output(flags)
     try:
         with _terminate_like_interrupt(), output.display:
@@ -61,6 +65,8 @@ def session(flags: Flags, kept: Kept = nothing_kept) -> Iterator[Output]:
 
 def _explain(error: BaseException, output: Output, kept: Kept) -> int:
     """Print what happened and return the exit code."""
+    if not processes.is_main():
+        return _explain_beside(error)
     if isinstance(error, KeyboardInterrupt):
         output.interrupted(*kept())
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
@@ -76,6 +82,17 @@ def _explain(error: BaseException, output: Output, kept: Kept) -> int:
     message, hint, code = _known(error)
     output.fail(message, hint)
     output.keep(kept)
+    return code
+
+
+def _explain_beside(error: BaseException) -> int:
+    """Return the exit code of a process beside the main one, which tells what all meet."""
+    if isinstance(error, KeyboardInterrupt):
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    if isinstance(error, VDCompressError):
+        return error.exit_code
+    message, _, code = _known(error)
+    print(f"error in process {processes.rank()}: {message}", file=sys.stderr)
     return code
 
 

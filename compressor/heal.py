@@ -11,19 +11,22 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from vdcompress.errors import UsageError
 from vdcompress.events import EpochEnded, OnEvent, Warned, ignore
 from vdcompress.healing import checkpoints as store
 from vdcompress.healing import processes
-from vdcompress.healing.objective import Distilled, Objective
+from vdcompress.healing.divergence import Objective
+from vdcompress.healing.objective import Distilled
 from vdcompress.healing.parameters import own_parameters, trained_names
 from vdcompress.healing.settings import STAGE, HealSettings
 from vdcompress.healing.trackers import logging_to, require
@@ -140,6 +143,8 @@ def heal(
         initial_val_ppl=math.exp(record.initial_loss),
         best_val_ppl=math.exp(record.best_loss),
     )
+
+
 def _check(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -154,9 +159,7 @@ def _check(
     require(report_to)
 
 
-def _claim(
-    folder: Path, identity: dict[str, Any], resume: bool, on_event: OnEvent
-) -> Path | None:
+def _claim(folder: Path, identity: dict[str, Any], resume: bool, on_event: OnEvent) -> Path | None:
     """Take a folder for checkpoints; return the newest one if it is to be continued."""
     store.claim(folder, identity, resume=resume)
     last = store.newest(folder) if resume else None
@@ -173,7 +176,9 @@ def _run(trainer: HealTrainer, last: Path | None) -> Record:
     if last is not None and record is not None:
         trainer.load_best(last)
         return record
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with warnings.catch_warnings():  # torch renames an option that accelerate has
+        warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return trainer.record
 
 
@@ -224,13 +229,13 @@ def _beside_its_teacher(
     sharded = sharding.asked_for()
     models = [model for model in (student, teacher) if model is not None]
     for model in models:
-        model.to("cpu" if sharded else device)
+        nn.Module.to(model, torch.device("cpu") if sharded else device)
     try:
         copies = [sharding.to_shard(model) for model in models] if sharded else models
         yield Distilled(copies[0], copies[1] if teacher is not None else None, objective)
     finally:
         for model in models:
-            model.to(device)
+            nn.Module.to(model, device)
         if teacher is not None:
             teacher.train(training)
 

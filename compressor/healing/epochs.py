@@ -107,7 +107,8 @@ class Epochs(TrainerCallback, ExportableState):
         control.should_training_stop = record.finished
         control.should_save = True
         if trainer.args.report_to:
-            trainer.log({"train_perplexity": ended.train_ppl, "validation_perplexity": ended.val_ppl})
+            ppl = {"train_perplexity": ended.train_ppl, "validation_perplexity": ended.val_ppl}
+            trainer.log(ppl)
         trainer.on_event(ended)
 
 

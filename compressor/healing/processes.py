@@ -78,9 +78,9 @@ def shared(make: Callable[[], Value]) -> Value:
         except Exception as error:
             found = [(None, error)]
     torch.distributed.broadcast_object_list(found, src=0)
-    value, error = found[0]
-    if error is not None:
-        raise error
+    value, failure = found[0]
+    if failure is not None:
+        raise failure
     return value  # type: ignore[return-value]
 
 

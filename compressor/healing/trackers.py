@@ -1,4 +1,4 @@
-"""Trackers that Trainer reports to, such as TensorBoard: are they there, and where do they write."""
+"""Trackers that Trainer reports to, such as TensorBoard: whether they exist, where they write."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def require(names: Sequence[str]) -> None:
     """
     if not names:
         return
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -29,9 +31,7 @@ def require(names: Sequence[str]) -> None:
                 f"no tracker {name!r} to report to: {did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
             )
         if name not in get_available_reporting_integrations():
-            raise UsageError(
-                f"reporting to {name} needs its package", f"try: pip install {name}"
-            )
+            raise UsageError(f"reporting to {name} needs its package", f"try: pip install {name}")
 
 
 @contextmanager

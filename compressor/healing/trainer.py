@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -217,11 +215,9 @@ class HealTrainer(Trainer):
 
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if processes.is_main():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                scheduler = self.lr_scheduler.state_dict()
-            torch.save(scheduler, os.path.join(output_dir, SCHEDULER_NAME))
+        scheduler = self.lr_scheduler
+        if processes.is_main() and scheduler is not None:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -104,6 +104,6 @@ class Batches(Dataset[Tensor]):
         return rows(self.windows, indices)
 
 
-def collate(batch: Tensor) -> dict[str, Tensor]:
-    """Name a batch as the model's input."""
+def collate(batch: Any) -> dict[str, Tensor]:
+    """Name a batch, a tensor [b, length], as the model's input."""
     return {"input_ids": batch}

@@ -15,7 +15,7 @@ from vdcompress.artifact import Compressed, load_artifact, require_free, write_a
 from vdcompress.errors import RunError
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
-from vdcompress.healing import checkpoints
+from vdcompress.healing import checkpoints, processes
 from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (
@@ -128,12 +128,14 @@ def finetune_run(
         on_event: hears what happens.
 
     Returns:
-        The results, as they are saved in the new run's ``results.json``.
+        The results, as they are saved in the new run's ``results.json``; nothing in a process
+        that is not the main one.
 
     Raises:
         VDCompressError: as the stages raise.
         KeyboardInterrupt: passed on; the checkpoints stay, and ``Job.saved`` continues.
     """
+    on_event = on_event if processes.is_main() else ignore
     timed = Timed(on_event)
     start_memory = peak_memory()
     with Stopwatch(timed).stage("load"):
@@ -141,8 +143,11 @@ def finetune_run(
         base = open_base_of(compressed, device)
     job = replace(job, recipe=settle(job.recipe, base.config, timed))
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
-    before = _before(job, compressed, base, tokens, timed)
+    before = _before(job, compressed, base, tokens, timed) if processes.is_main() else {}
     healed = _heal(job, compressed, base, timed)
+    processes.end()
+    if not processes.is_main():
+        return {}
     if healed.best_epoch == 0:
         start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
         on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
@@ -179,8 +184,10 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
     """Train; the model is changed in place."""
     watch = Stopwatch(on_event)
     with watch.stage("read text"):
-        training, validation = text.healing_windows(job.recipe, compressed.tokenizer, on_event)
-    job.save()
+        training, validation = processes.shared(
+            lambda: text.healing_windows(job.recipe, compressed.tokenizer, on_event)
+        )
+    processes.shared(job.save)
     settings = heal_settings(job.recipe)
     steps = settings.total_steps(len(training))
     with watch.stage("finetune", steps), _unless_empty(job.partial):
@@ -202,7 +209,7 @@ def _unless_empty(partial: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if checkpoints.newest(partial) is None:
+        if processes.is_main() and checkpoints.newest(partial) is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -13,7 +13,6 @@ from transformers.trainer_callback import ExportableState
 
 from vdcompress.errors import ModelError
 from vdcompress.events import EpochEnded, Progress
-from vdcompress.healing import processes
 from vdcompress.healing.arguments import LOOK_EVERY
 from vdcompress.healing.settings import STAGE
 
@@ -65,11 +64,7 @@ class Epochs(TrainerCallback, ExportableState):
         if not state.global_step:
             self.trainer.begin()
             return
-        record = record_of(state.stateful_callbacks)
-        self.trainer.record = record
-        if processes.is_main():
-            self.trainer.sums[0] = record.loss_sum
-            self.trainer.sums[1] = record.loss_tokens
+        self.trainer.take_up(record_of(state.stateful_callbacks))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the loss now and then, and save within an epoch where that is asked for."""

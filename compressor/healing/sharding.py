@@ -73,6 +73,14 @@ def to_shard(model: Model) -> Model:
     return copy.deepcopy(model, known)
 
 
+def layers_of(model: nn.Module) -> list[str]:
+    """Return the names of the classes of a model's layers, each of which is a unit to gather."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = {type(m).__name__ for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+    return sorted(found)
+
+
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by the names that they have in the model unwrapped."""
     return {

@@ -52,6 +52,7 @@ class HealTrainer(Trainer):
         report_to: Sequence[str],
         on_event: OnEvent,
     ) -> None:
+        distilled._no_split_modules = sharding.layers_of(distilled)  # where accelerate looks
         self.distilled = distilled
         self.settings = settings
         self.folder = folder
@@ -134,6 +135,16 @@ class HealTrainer(Trainer):
         total, tokens = processes.added(self.sums).tolist()
         return finite(total, "training"), int(tokens)
 
+    def take_up(self, record: Record) -> None:
+        """Go on from a record, with its sums in the main process, as after a resumption."""
+        self.record = record
+        if processes.is_main():
+            self.sums.copy_(
+                torch.tensor([record.loss_sum, record.loss_tokens], dtype=torch.float64)
+            )
+        else:
+            self.sums.zero_()
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the student's parameters that train, by name; they may be sharded."""
         return sharding.named(self.distilled.student)
@@ -172,6 +183,7 @@ class HealTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, seal and prune; a disk that is full costs the checkpoint, not the run."""
         self.record.loss_sum, self.record.loss_tokens = self.training_sums()
+        self.take_up(self.record)
         checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
         self.failed = ""
         try:

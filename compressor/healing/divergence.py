@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vdcompress.healing import fused_rows
+from vdcompress.healing.top_k import TopKMasses, top_k_losses
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,18 @@ class Output:
         return Output(self.hidden.detach(), self.weight.detach().to(dtype), bias)
 
 
+Teacher = Output | TopKMasses
+
+
 def divergence(
-    student: Output, teacher: Output | None, labels: Tensor, objective: Objective
+    student: Output, teacher: Teacher | None, labels: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Return the summed objective, with gradient, and the summed cross-entropy, without.
 
     Args:
         student: its hidden states, weight and bias get gradients where they require them.
-        teacher: gets none; None leaves KL out.
+        teacher: gets none; None leaves KL out, masses of its likeliest tokens are compared as
+            ``top_k.py`` says.
         labels: next tokens, int64 [n].
         objective: weights, temperature and chunk size.
     """
@@ -87,13 +92,16 @@ class _Divergence(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher: Output | None,
+        teacher: Teacher | None,
         labels: Tensor,
         objective: Objective,
     ) -> tuple[Tensor, Tensor]:
         dtype = _matmul_dtype(hidden)
         student = Output(hidden, weight, bias).detached(dtype)
-        teacher = None if teacher is None or not objective.kl else teacher.detached(dtype)
+        if not objective.kl:
+            teacher = None
+        elif isinstance(teacher, Output):
+            teacher = teacher.detached(dtype)
         wanted = [bool(needed) for needed in ctx.needs_input_grad[:3]]
         gradients = _Gradients(student, wanted)
         sums = []
@@ -101,7 +109,7 @@ class _Divergence(torch.autograd.Function):
             for start in range(0, len(labels), objective.chunk):
                 part = slice(start, start + objective.chunk)
                 logits = student.logits(part, dtype)
-                target = None if teacher is None else teacher.logits(part, dtype)
+                target = _target(teacher, part, dtype)
                 sums.append(_losses(logits, target, labels[part], objective, gradient=any(wanted)))
                 gradients.add(part, logits)
         ctx.save_for_backward(*gradients.found)
@@ -138,10 +146,24 @@ class _Gradients:
             bias += logits.sum(0)
 
 
+def _target(teacher: Teacher | None, part: slice, dtype: torch.dtype) -> Tensor | TopKMasses | None:
+    """Return what the student's logits of some tokens are compared with."""
+    if isinstance(teacher, TopKMasses):
+        return teacher.part(part)
+    return None if teacher is None else teacher.logits(part, dtype)
+
+
 def _losses(
-    logits: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, *, gradient: bool
+    logits: Tensor,
+    teacher: Tensor | TopKMasses | None,
+    labels: Tensor,
+    objective: Objective,
+    *,
+    gradient: bool,
 ) -> Tensor:
     """Return the summed objective and cross-entropy [2]; ``logits`` becomes their gradient."""
+    if isinstance(teacher, TopKMasses):
+        return top_k_losses(logits, teacher, labels, objective, gradient=gradient)
     if logits.is_cuda and fused_rows.AVAILABLE and objective.temperature == 1.0 and _narrow(logits):
         kl = 0.0 if teacher is None else objective.kl
         rows = fused_rows.fused_rows(

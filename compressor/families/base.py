@@ -87,10 +87,13 @@ class Family(ABC):
     def weights(self, attention: nn.Module) -> AttentionWeights:
         """Unpack the projections of one attention module (views where possible)."""
 
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """Return the decoder layers of a base or compressed model, in order."""
+        return list(model.get_submodule(self.layers_prefix()).children())
+
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the attention module of every layer, in order."""
-        layers = model.get_submodule(self.layers_prefix())
-        return [layer.get_submodule(self.attention_name) for layer in layers.children()]
+        return [layer.get_submodule(self.attention_name) for layer in self.layers(model)]
 
     def output_projection(self, attention: nn.Module) -> nn.Module:
         """Return the module whose input is what attention returned, [b, t, H d]."""

@@ -1,0 +1,190 @@
+"""Goals within the model: hidden states and single layers, against plain loops."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdcompress.healing.hidden_states import hidden_state_error, relative_error
+from vdcompress.healing.layerwise import decoder_layers, layer_targets, layerwise_error
+from vdcompress.load import Base
+from vdcompress.plan import make_plan
+from vdcompress.rewrite import rewrite
+from vdcompress.statistics import Statistics
+
+
+@pytest.fixture(scope="module")
+def student(base: Base, statistics: Statistics) -> Any:
+    """Return a compressed model of half the width, in float64."""
+    plan = make_plan(base.shape, v_dim=8 * base.shape.kv_heads)
+    return copy.deepcopy(rewrite(base, plan, statistics)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def teacher(base: Base) -> Any:
+    return copy.deepcopy(base.model).double().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def inputs(token_windows: Tensor) -> Tensor:
+    return token_windows[:3, :20]
+
+
+def naive(found: Tensor, wanted: Tensor, reference: Tensor) -> Tensor:
+    """Add up tokens and dimensions one after another."""
+    tokens = [row for window in reference for row in window]
+    mean = torch.stack(tokens).sum(0) / len(tokens)
+    energy = sum(((row - mean) ** 2).sum() for row in tokens)
+    return ((found - wanted) ** 2).sum() / energy
+
+
+def gradients(loss: Tensor, model: Any) -> dict[str, Tensor | None]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return dict(zip(names, found, strict=True))
+
+
+def alone(model: Any, layer: Any, state: Tensor) -> Tensor:
+    """Run one layer as the model's own forward does, by the arguments that it gets there."""
+    caught: list[Any] = []
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.append(kwargs), with_kwargs=True
+    )
+    model(torch.zeros(state.shape[:2], dtype=torch.long), use_cache=False)
+    hook.remove()
+    output = layer(state, **caught[0])
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_every_layer_against_a_plain_loop(student: Any, teacher: Any, inputs: Tensor) -> None:
+    states = teacher.base_model(inputs, output_hidden_states=True, use_cache=False).hidden_states
+    expected = []
+    x = states[0]
+    for ours, theirs in zip(decoder_layers(student), decoder_layers(teacher), strict=True):
+        y = alone(teacher, theirs, x)
+        expected.append(naive(alone(student, ours, x), y, y - x))
+        x = y
+    plain = torch.stack(expected).mean()
+
+    found = layerwise_error(student, teacher, inputs)
+
+    assert found.item() > 1e-4
+    assert found.item() == pytest.approx(plain.item(), rel=1e-10)
+    known = gradients(plain, student)
+    for name, gradient in gradients(found, student).items():
+        if gradient is None:
+            assert known[name] is None
+        else:
+            torch.testing.assert_close(gradient, known[name], rtol=1e-9, atol=1e-12)
+
+
+def test_targets_are_the_layers_inputs_and_outputs(teacher: Any, inputs: Tensor) -> None:
+    states = teacher.base_model(inputs, output_hidden_states=True, use_cache=False).hidden_states
+    targets = layer_targets(teacher, inputs)
+    assert len(targets) == len(states) - 1
+    for index, target in enumerate(targets):
+        assert torch.equal(target.inputs, states[index])
+    assert torch.equal(targets[0].outputs, states[1])
+
+
+def test_gradients_stay_within_their_layer(student: Any, teacher: Any, inputs: Tensor) -> None:
+    damaged = copy.deepcopy(teacher).requires_grad_()
+    first = decoder_layers(damaged)[0]
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.1)
+
+    found = gradients(layerwise_error(damaged, teacher, inputs), damaged)
+
+    inside = {id(parameter) for parameter in first.parameters()}
+    for name, parameter in damaged.named_parameters():
+        gradient = found[name]
+        if id(parameter) in inside:
+            assert gradient is not None
+        else:
+            assert gradient is None or gradient.abs().max() < 1e-12
+
+
+def test_at_full_width_nothing_is_left(base: Base, statistics: Statistics, inputs: Tensor) -> None:
+    plan = make_plan(base.shape, v_dim=base.shape.kv_dim)
+    full = rewrite(base, plan, statistics)
+
+    assert layerwise_error(full, base.model, inputs).item() < 1e-9
+
+
+def test_hooks_are_gone_afterwards(student: Any, teacher: Any, inputs: Tensor) -> None:
+    before = [student(inputs).logits, teacher(inputs).logits]
+    layerwise_error(student, teacher, inputs)
+    with pytest.raises(IndexError):
+        layerwise_error(student, teacher, inputs + 10_000)
+    assert torch.equal(student(inputs).logits, before[0])
+    assert torch.equal(teacher(inputs).logits, before[1])
+    assert not any(layer._forward_pre_hooks for layer in decoder_layers(student))
+
+
+def test_hidden_states_against_a_plain_loop(student: Any, teacher: Any, inputs: Tensor) -> None:
+    ours = student.base_model(inputs, output_hidden_states=True, use_cache=False)
+    theirs = teacher.base_model(inputs, output_hidden_states=True, use_cache=False)
+    assert torch.equal(ours.hidden_states[-1], ours.last_hidden_state)
+    pairs = list(zip(ours.hidden_states, theirs.hidden_states, strict=True))[1:]
+    plain = torch.stack([naive(one, other, other) for one, other in pairs]).mean()
+
+    found = hidden_state_error(ours.hidden_states[1:], theirs.hidden_states[1:])
+
+    assert found.item() > 1e-4
+    assert found.item() == pytest.approx(plain.item(), rel=1e-10)
+    known = gradients(plain, student)
+    for name, gradient in gradients(found, student).items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, known[name], rtol=1e-9, atol=1e-12)
+
+
+def test_one_is_the_error_of_the_mean() -> None:
+    wanted = 5 + torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    mean = wanted.flatten(0, 1).mean(0).expand_as(wanted)
+    assert relative_error(mean, wanted, wanted).item() == pytest.approx(1, rel=1e-5)
+    assert relative_error(wanted, wanted, wanted).item() == 0
+
+
+def test_states_of_one_token_leave_the_error_finite() -> None:
+    one = torch.ones(1, 1, 4)
+    assert relative_error(one, one, one).item() == 0
+
+
+@pytest.mark.parametrize("goal", ["layers", "hidden"])
+def test_bfloat16_autocast_is_close(goal: str, student: Any, teacher: Any, inputs: Tensor) -> None:
+    student, teacher = copy.deepcopy(student).float(), copy.deepcopy(teacher).float()
+
+    def error() -> Tensor:
+        if goal == "layers":
+            return layerwise_error(student, teacher, inputs)
+        ours, theirs = (
+            model.base_model(inputs, output_hidden_states=True, use_cache=False).hidden_states
+            for model in (student, teacher)
+        )
+        return hidden_state_error(ours[1:], theirs[1:])
+
+    exact = error()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = error()
+    found.backward()
+
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def test_gradient_checkpointing_changes_nothing(student: Any, teacher: Any, inputs: Tensor) -> None:
+    expected = gradients(layerwise_error(student, teacher, inputs), student)
+    saving = copy.deepcopy(student).train()
+    saving.gradient_checkpointing_enable({"use_reentrant": False})
+
+    found = layerwise_error(saving, teacher, inputs)
+    found.backward()
+
+    for name, parameter in saving.named_parameters():
+        if expected[name] is not None:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)

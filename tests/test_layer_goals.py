@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vdcompress.healing.divergence import Objective
 from vdcompress.healing.hidden_states import hidden_state_error, relative_error
 from vdcompress.healing.layerwise import decoder_layers, layer_targets, layerwise_error
+from vdcompress.healing.objective import Distilled, losses
 from vdcompress.load import Base
 from vdcompress.plan import make_plan
 from vdcompress.rewrite import rewrite
@@ -188,3 +190,73 @@ def test_gradient_checkpointing_changes_nothing(student: Any, teacher: Any, inpu
     for name, parameter in saving.named_parameters():
         if expected[name] is not None:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_hidden_states_are_added_to_the_divergence(
+    student: Any, teacher: Any, token_windows: Tensor
+) -> None:
+    windows = token_windows[:3, :20]
+    ours, theirs = (
+        model.base_model(windows[:, :-1], output_hidden_states=True, use_cache=False)
+        for model in (student, teacher)
+    )
+    error = hidden_state_error(ours.hidden_states[1:], theirs.hidden_states[1:])
+    alone = losses(student, teacher, windows, Objective(kl=0.5, ce=0.25))
+    expected = gradients(alone.objective + 57 * 3.0 * error, student)
+
+    found = losses(student, teacher, windows, Objective(kl=0.5, ce=0.25, hidden=3.0))
+    only = losses(student, teacher, windows, Objective(kl=0.0, ce=0.0, hidden=3.0))
+
+    assert only.objective.item() == pytest.approx(57 * 3.0 * error.item(), rel=1e-10)
+    assert only.cross_entropy.item() == pytest.approx(alone.cross_entropy.item(), rel=1e-10)
+    assert found.objective.item() == pytest.approx(
+        only.objective.item() + alone.objective.item(), rel=1e-10
+    )
+    for name, gradient in gradients(found.objective, student).items():
+        known = expected[name]  # some norms compute in float32
+        assert (gradient - known).norm() <= 1e-5 * known.norm() + 1e-9
+
+
+def test_single_layers_are_all_that_is_minimised(
+    student: Any, teacher: Any, token_windows: Tensor
+) -> None:
+    windows = token_windows[:9, :20]
+    error = layerwise_error(student, teacher, windows[:, :-1])
+
+    found = losses(student, teacher, windows, Objective(kl=1.0, ce=1.0, layers=True))
+
+    assert found.tokens == 9 * 19
+    assert found.objective.item() == pytest.approx(9 * 19 * error.item(), rel=1e-10)
+    some = losses(student, None, windows[:2], Objective(kl=0.0, ce=1.0))
+    assert found.cross_entropy.item() == pytest.approx(4.5 * some.cross_entropy.item())
+    assert not found.cross_entropy.requires_grad
+
+
+def test_the_whole_student_is_what_is_measured(
+    student: Any, teacher: Any, token_windows: Tensor
+) -> None:
+    windows = token_windows[:3, :20]
+    expected = losses(student, None, windows, Objective(kl=0.0, ce=1.0)).cross_entropy.item()
+    for goal in (Objective(1.0, 0.0, layers=True), Objective(1.0, 0.0, hidden=2.0)):
+        found = Distilled(student, teacher, goal)(windows, measure=True)
+        assert "loss" not in found
+        assert found["cross_entropy"].item() == expected
+
+
+def test_kept_masses_of_all_tokens_stand_for_the_teacher(
+    student: Any, teacher: Any, token_windows: Tensor
+) -> None:
+    windows, goal = token_windows[:3, :20], Objective(kl=1.0, ce=0.5, temperature=1.5)
+    with torch.no_grad():
+        logprobs = (teacher(windows[:, :-1]).logits / 1.5).log_softmax(-1)
+    top, ids = logprobs.topk(logprobs.shape[-1])
+    masses = torch.cat((top, torch.full_like(top[..., :1], -torch.inf)), -1)
+    expected = Distilled(student, teacher, goal)(windows)
+
+    found = Distilled(student, None, goal)(windows, top_ids=ids, top_logprobs=masses)
+
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-10)
+    assert found["cross_entropy"].item() == expected["cross_entropy"].item()
+    known = gradients(expected["loss"], student)
+    for name, gradient in gradients(found["loss"], student).items():
+        torch.testing.assert_close(gradient, known[name], rtol=1e-9, atol=1e-12)

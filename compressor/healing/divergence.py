@@ -24,17 +24,24 @@ from vdcompress.healing.top_k import TopKMasses, top_k_losses
 class Objective:
     """What is minimised: ``kl`` KL(teacher || student) + ``ce`` cross-entropy, per token.
 
+    Where ``hidden`` is not 0 the error of the hidden states is added; with ``layers`` the error of
+    single layers is all that is minimised.
+
     Attributes:
         kl: weight; the divergence is taken at ``temperature`` and multiplied by its square.
         ce: weight.
         temperature: divides both logits in KL.
         chunk: tokens whose logits exist at one time.
+        hidden: weight of :func:`~vdcompress.healing.hidden_states.hidden_state_error`.
+        layers: minimise :func:`~vdcompress.healing.layerwise.layerwise_error` instead.
     """
 
     kl: float
     ce: float
     temperature: float = 1.0
     chunk: int = 1024
+    hidden: float = 0.0
+    layers: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from vdcompress.healing.epochs import Record
+    from vdcompress.healing.top_k_cache import TopK
     from vdcompress.healing.trainer import HealTrainer
+
+TOP_K = "teacher_top_k.bin"
 
 __all__ = ["STAGE", "HealSettings", "Healed", "heal"]
 
@@ -89,13 +92,14 @@ def heal(
         validation: token ids, int64 [m, length], or windows.
         settings: defaults to :class:`HealSettings`.
         checkpoints: folder for checkpoints, made if need be; they stay after the end. The main
-            process's disk must be that of all.
+            process's disk must be that of all. With ``settings.teacher_top_k`` the teacher's
+            likeliest tokens are kept there too.
         resume: go on from the newest complete checkpoint there, or from the start without one.
         report_to: trackers that Trainer reports to, such as ``tensorboard``, ``trackio``,
             ``wandb``.
         logs: where trackers write, by default ``<checkpoints>/logs``.
-        on_event: gets :class:`Progress` of stage ``finetune`` and :class:`EpochEnded`, in the main
-            process.
+        on_event: gets :class:`Progress` of stages ``finetune`` and ``teacher``, and
+            :class:`EpochEnded`, in the main process.
 
     Raises:
         UsageError: settings out of range, no teacher to distil from, nothing to train, a step
@@ -105,6 +109,7 @@ def heal(
         ModelError: a loss became NaN or infinite.
     """
     from vdcompress.healing.arguments import divided
+    from vdcompress.healing.top_k_write import kept_top_k
     from vdcompress.healing.trainer import HealTrainer
 
     started = time.perf_counter()
@@ -119,6 +124,13 @@ def heal(
     on_event = on_event if processes.is_main() else ignore
     last = processes.shared(lambda: _claim(checkpoints, identity, resume, on_event))
     own_parameters(student, names, teacher)
+    learned_from: Windows | TopK = training
+    if teacher is not None and settings.teacher_top_k is not None:
+        path, device = checkpoints / TOP_K, student.device
+        learned_from = kept_top_k(
+            teacher, training, settings, path, device=device, on_event=on_event
+        )
+        teacher = None
     with (
         _only_these_train(student, names, settings),
         _beside_its_teacher(student, teacher, settings) as distilled,
@@ -126,7 +138,7 @@ def heal(
     ):
         trainer = HealTrainer(
             distilled,
-            train=training,
+            train=learned_from,
             validation=measuring,
             settings=settings,
             folder=checkpoints,
@@ -220,9 +232,11 @@ def _beside_its_teacher(
 
     objective = Objective(
         kl=settings.kl_weight,
-        ce=1.0 if teacher is None else settings.ce_weight,
+        ce=settings.ce_weight if settings.distill else 1.0,
         temperature=settings.temperature,
         chunk=settings.chunk_tokens,
+        hidden=settings.hidden_weight,
+        layers=settings.target == "layers",
     )
     training = teacher is not None and teacher.training
     device = student.device

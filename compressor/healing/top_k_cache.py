@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vdcompress.errors import RunError
+from vdcompress.healing.windows import Windows, rows
 
 VERSION = 1
-
-
-class WindowSource(Protocol):
-    """Training windows: any map-style data set that knows what it holds."""
-
-    digest: str
-
-    def __len__(self) -> int:
-        """Return the number of windows."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        """Return the token ids [length] of one window."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -94,12 +81,11 @@ class TopK(Dataset[dict[str, Tensor]]):
         RunError: it is not there, incomplete, damaged, or computed from something else.
     """
 
-    def __init__(self, windows: WindowSource, path: Path, identity: TopKIdentity) -> None:
+    def __init__(self, windows: Windows, path: Path, identity: TopKIdentity) -> None:
         seal = check_identity(path, identity)
         if path.stat().st_size != identity.nbytes or file_digest(path) != seal.get("digest"):
             raise RunError(f"{path} is damaged", "remove it, so that it is written again")
         self.windows = windows
-        self.digest = windows.digest
         self.path = path
         self.identity = identity
         self._records: np.memmap[Any, Any] | None = None
@@ -108,13 +94,17 @@ class TopK(Dataset[dict[str, Tensor]]):
         return self.identity.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Return a batch: the items' tensors, stacked."""
         if self._records is None:  # in each worker of a DataLoader its own
             self._records = np.memmap(self.path, self.identity.record, "r", shape=len(self))
-        record = self._records[index]
+        found = self._records[indices]
         return {
-            "input_ids": self.windows[index],
-            "top_ids": torch.from_numpy(record["ids"].astype(np.int32)),
-            "top_logprobs": torch.from_numpy(record["logprobs"].copy()),
+            "input_ids": rows(self.windows, indices),
+            "top_ids": torch.from_numpy(found["ids"].astype(np.int32)),
+            "top_logprobs": torch.from_numpy(np.ascontiguousarray(found["logprobs"])),
         }
 
     def __getstate__(self) -> dict[str, Any]:

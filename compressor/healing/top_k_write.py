@@ -20,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from vdcompress.errors import RunError, UsageError
-from vdcompress.events import OnEvent, Progress, StageStarted, ignore
+from vdcompress.events import OnEvent, Progress, Stopwatch, ignore
+from vdcompress.healing import processes
 from vdcompress.healing.checkpoints import write_atomically
+from vdcompress.healing.settings import HealSettings
 from vdcompress.healing.top_k_cache import (
+    TopK,
     TopKIdentity,
-    WindowSource,
     check_identity,
     file_digest,
     seal_path,
     sealed,
 )
+from vdcompress.healing.windows import Windows, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +43,7 @@ _SAMPLE = 4096
 
 def identify(
     teacher: PreTrainedModel,
-    windows: WindowSource,
+    windows: Windows,
     k: int,
     *,
     temperature: float = 1.0,
@@ -51,7 +54,7 @@ def identify(
     Raises:
         UsageError: there are no windows, or ``k`` is not from 1 to the size of the vocabulary.
     """
-    if not len(windows) or len(windows[0]) < 2:
+    if not len(windows) or windows.length < 2:
         raise UsageError("there are no tokens to predict", "give windows of at least two tokens")
     vocabulary = teacher.get_output_embeddings().weight.shape[0]
     if not 1 <= k <= vocabulary:
@@ -62,7 +65,7 @@ def identify(
     return TopKIdentity(
         k=k,
         count=len(windows),
-        length=len(windows[0]),
+        length=windows.length,
         vocabulary=vocabulary,
         temperature=float(temperature),
         bf16=bf16,
@@ -83,7 +86,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def write_top_k(
     teacher: PreTrainedModel,
-    windows: WindowSource,
+    windows: Windows,
     k: int,
     path: Path,
     *,
@@ -123,10 +126,9 @@ def write_top_k(
         partial = path.with_name(path.name + ".partial")
         done = _claim(partial, identity)
         _check_disk(path, identity, done)
-        on_event(StageStarted(STAGE, identity.count))
-        size = f"{identity.nbytes / 1e9:.3g} GB"
-        on_event(Progress(STAGE, done, size))
-        with partial.open("ab") as stream:
+        with Stopwatch(on_event).stage(STAGE, identity.count), partial.open("ab") as stream:
+            size = f"{identity.nbytes / 1e9:.3g} GB"
+            on_event(Progress(STAGE, done, size))
             for records in _records(
                 teacher, windows, identity, start=done, batch=batch, chunk=chunk
             ):
@@ -144,6 +146,52 @@ def write_top_k(
     return identity
 
 
+def kept_top_k(
+    teacher: PreTrainedModel,
+    windows: Windows,
+    settings: HealSettings,
+    path: Path,
+    *,
+    device: torch.device,
+    on_event: OnEvent = ignore,
+) -> TopK:
+    """Let the main process write ``settings.teacher_top_k`` tokens, and read them in all.
+
+    Args:
+        teacher: put on the device; it keeps its mode.
+        windows: the training windows.
+        settings: of the finetune.
+        path: the file, on a disk of all processes.
+        device: of this process.
+        on_event: as :func:`write_top_k`.
+
+    Raises:
+        UsageError: as :func:`write_top_k`, or ``teacher_top_k`` is None.
+        RunError: as :func:`write_top_k`, or the file is damaged.
+    """
+    bf16 = device.type == "cuda" if settings.bf16 is None else settings.bf16
+
+    def write() -> TopKIdentity:
+        training = teacher.training
+        nn.Module.to(teacher, device)
+        try:
+            return write_top_k(
+                teacher,
+                windows,
+                settings.teacher_top_k or 0,
+                path,
+                batch=settings.batch_size,
+                chunk=settings.chunk_tokens,
+                temperature=settings.temperature,
+                bf16=bf16,
+                on_event=on_event,
+            )
+        finally:
+            teacher.train(training)
+
+    return TopK(windows, path, processes.shared(write))
+
+
 def top_k_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` likeliest tokens [n, k] and log-masses [n, k + 1]; the logits are spent.
 
@@ -158,7 +206,7 @@ def top_k_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _records(
     teacher: PreTrainedModel,
-    windows: WindowSource,
+    windows: Windows,
     identity: TopKIdentity,
     *,
     start: int,
@@ -170,8 +218,8 @@ def _records(
     head, device = teacher.get_output_embeddings(), teacher.device
     shape = (-1, identity.length - 1)
     for first in range(start, len(windows), batch):
-        rows = [windows[i] for i in range(first, min(first + batch, len(windows)))]
-        inputs = torch.stack(rows)[:, :-1].to(device)
+        tokens = rows(windows, range(first, min(first + batch, len(windows))))
+        inputs = tokens[:, :-1].to(device)
         found = []
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=identity.bf16):
             states = teacher.base_model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -180,7 +228,7 @@ def _records(
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 found.append(top_k_of(logits.div_(identity.temperature), identity.k))
         ids, logprobs = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
-        records = np.empty(len(rows), identity.record)
+        records = np.empty(len(inputs), identity.record)
         records["ids"] = ids.reshape(*shape, identity.k)
         records["logprobs"] = logprobs.clip(-65504.0).reshape(*shape, identity.k + 1)
         yield records

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
@@ -22,6 +23,7 @@ from vdcompress.healing.epochs import Epochs, Record, finite
 from vdcompress.healing.objective import Distilled
 from vdcompress.healing.parameters import optimizer_groups
 from vdcompress.healing.settings import HealSettings
+from vdcompress.healing.top_k_cache import TopK
 from vdcompress.healing.windows import Batches, Windows, collate, rows
 
 TRAINED = "trained.safetensors"
@@ -33,7 +35,7 @@ class HealTrainer(Trainer):
 
     Args:
         distilled: student and teacher; what requires gradients is trained.
-        train: windows to learn from.
+        train: windows to learn from, alone or with what the teacher finds likeliest.
         validation: windows that decide when to stop.
         settings: of the finetune.
         folder: for checkpoints.
@@ -45,7 +47,7 @@ class HealTrainer(Trainer):
         self,
         distilled: Distilled,
         *,
-        train: Windows,
+        train: Windows | TopK,
         validation: Windows,
         settings: HealSettings,
         folder: Path,
@@ -59,6 +61,7 @@ class HealTrainer(Trainer):
         self.validation = validation
         self.on_event = on_event
         steps = settings.steps_per_epoch(len(train))
+        used = range(steps * settings.windows_per_step(len(train)))
         arguments = training_arguments(
             settings,
             windows=len(train),
@@ -71,7 +74,9 @@ class HealTrainer(Trainer):
             distilled,
             arguments,
             data_collator=collate,
-            train_dataset=Batches(train, steps * settings.windows_per_step(len(train))),
+            train_dataset=Subset(train, used)
+            if isinstance(train, TopK)
+            else Batches(train, len(used)),
         )
         self.remove_callback(PrinterCallback)
         self.best: dict[str, Tensor] = {}

@@ -105,5 +105,5 @@ class Batches(Dataset[Tensor]):
 
 
 def collate(batch: Any) -> dict[str, Tensor]:
-    """Name a batch, a tensor [b, length], as the model's input."""
-    return {"input_ids": batch}
+    """Name a batch, a tensor [b, length], as the model's input; one that has names keeps them."""
+    return batch if isinstance(batch, dict) else {"input_ids": batch}

@@ -128,7 +128,7 @@ class Distilled(nn.Module):
             top = TopKMasses(top_ids.flatten(0, 1), top_logprobs.flatten(0, 1))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not measure):
             found = losses(self.student, teacher, input_ids, objective, top)
-        tokens = torch.tensor(found.tokens, device=input_ids.device)
+        tokens = torch.full((), found.tokens, device=input_ids.device)  # no copy from the host
         sums = {"cross_entropy": found.cross_entropy, "tokens": tokens}
         return sums if measure else {"loss": found.objective / found.tokens, **sums}
 

@@ -1,0 +1,89 @@
+"""What the healing benches read: token windows of the training text, and a compressed start.
+
+The windows come from the file that ``bench/healing_tokens.py`` writes, named by
+VDCOMPRESS_HEAL_TOKENS. ``train`` is the whole training part of the training text; what chooses and
+stops is from its validation part.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import perplexity
+import token_sets
+import torch
+from keys_and_groups import FISHER
+from torch import Tensor
+
+from vdcompress.calibrate import EVERYTHING, calibrate
+from vdcompress.gains import gains
+from vdcompress.healing.divergence import Objective
+from vdcompress.healing.objective import losses
+from vdcompress.load import Base
+from vdcompress.plan import Plan, Start, plan_for
+from vdcompress.request import Request
+
+
+def tokens(name: str) -> Tensor:
+    """Return one array of the file, int64."""
+    file = os.environ.get("VDCOMPRESS_HEAL_TOKENS")
+    if not file:
+        sys.exit("set VDCOMPRESS_HEAL_TOKENS to what bench/healing_tokens.py wrote")
+    with np.load(file) as found:
+        return torch.from_numpy(found[name].astype(np.int64))
+
+
+def windows(length: int, count: int | None = None, seed: int = 0) -> Tensor:
+    """Return windows [count, length] from all over the training text; None for all of it."""
+    stream = tokens("train")
+    whole = stream[: len(stream) // length * length].view(-1, length)
+    if count is None:
+        return whole
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    return whole[order[:count]]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Makes compressed models of one base, all calibrated on the usual windows."""
+
+    base: Base
+    sets: dict[str, Tensor]
+    statistics: Any
+    gains: Any
+
+    @classmethod
+    def of(cls, base: Base) -> Starts:
+        """Calibrate."""
+        sets = token_sets.read()
+        statistics = calibrate(base, sets[token_sets.CALIBRATION], needs=EVERYTHING)
+        return cls(base, sets, statistics, gains(base.shape, statistics))
+
+    def plan(self, asked: dict[str, Any], start: Start = FISHER) -> Plan:
+        """Return the plan for a request."""
+        return plan_for(self.base.shape, Request.of(**asked), start, self.gains)
+
+    def student(self, asked: dict[str, Any], start: Start = FISHER) -> Any:
+        """Return a compressed model as the product makes it."""
+        plan = self.plan(asked, start)
+        found = self.sets[token_sets.CALIBRATION]
+        return perplexity.compress(self.base, plan, self.statistics, found)
+
+    def held_out(self, student: Any) -> dict[str, float]:
+        """Return validation perplexity and KL, by which settings are chosen."""
+        total, cross_entropy, count = 0.0, 0.0, 0
+        objective = Objective(kl=1.0, ce=0.0, chunk=4096)
+        student.eval()
+        with torch.no_grad():
+            for part in tokens("validation-1024").split(8):
+                ids = part.to(student.device)
+                found = losses(student, self.base.model, ids, objective)
+                total += found.objective.item()
+                cross_entropy += found.cross_entropy.item()
+                count += found.tokens
+        return {"val_ppl": math.exp(cross_entropy / count), "val_kl": total / count}

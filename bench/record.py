@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -33,7 +34,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("VDCOMPRESS_COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 

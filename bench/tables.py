@@ -186,6 +186,23 @@ def calibration_sets(model: str) -> Table:
     return Table("", ("windows", *requests), rows)
 
 
+def latent_bound() -> Table:
+    """Compare the closed form with gradient descent on the same windows."""
+    rows = tuple(
+        (
+            asked_words(row["asked"]),
+            figures(row["closed_form"]),
+            figures(row["descended"]),
+            held_out(row["closed_form"]),
+            held_out(row["descended"]),
+        )
+        for row in results("latent-bound-pythia-70m-standin")["rows"]
+    )
+    held = "held-out books / documents"
+    header = ("setting", "closed form", "descended", f"{held}, closed form", f"{held}, descended")
+    return Table("", header, rows, words=1)
+
+
 def candidates() -> Table:
     """Show the metrics and repairs that were tried."""
     rows = tuple(
@@ -225,6 +242,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     ),
     "predictions": lambda: predictions("pythia-70m-standin"),
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
+    "latent-bound": latent_bound,
     "candidates": candidates,
     "candidates-earlier": earlier_candidates,
 }

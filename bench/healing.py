@@ -56,7 +56,7 @@ def _with(**changes: Any) -> Trial:
 
 
 LAYERS = replace(MIDDLE, target="layers")
-TRIALS: Mapping[str, Trial] = {
+TRIALS: dict[str, Trial] = {
     "middle": Trial(),
     "train latents": _with(train="latents"),
     "train body": _with(train="body"),
@@ -97,13 +97,31 @@ TRIALS: Mapping[str, Trial] = {
     "no clipping": _with(max_grad_norm=0.0),
 }
 
+BOTH = replace(MIDDLE, hidden_weight=1.0, batch_size=64)
+SHORT = replace(BOTH, batch_size=128)
+COMBINATIONS: dict[str, Trial] = {
+    "KL + hidden states, length 256": Trial(BOTH, 256),
+    "KL + hidden states, length 128": Trial(SHORT, 128),
+    "KL + 3 hidden states, length 256": Trial(replace(BOTH, hidden_weight=3.0), 256),
+    "KL + hidden states, length 256, linear": Trial(replace(BOTH, schedule="linear"), 256),
+    "KL + hidden states, length 256, lr 1e-3": Trial(replace(BOTH, learning_rate=1e-3), 256),
+    "KL + hidden states, length 256, lr 3e-4": Trial(replace(BOTH, learning_rate=3e-4), 256),
+    "KL + hidden states, length 256, body at a third": Trial(
+        replace(BOTH, train="body", body_rate=1 / 3), 256
+    ),
+    "layers for a fifth, then KL + hidden states, length 256": Trial(
+        BOTH, 256, before=(replace(LAYERS, batch_size=64), 0.2)
+    ),
+}
+EVERY = TRIALS | COMBINATIONS
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=5_000_000)
     parser.add_argument("--plans", default=",".join(PLANS))
-    parser.add_argument("--trials", default=";".join(TRIALS))
+    parser.add_argument("--trials", default=";".join(EVERY))
     parser.add_argument("--set", default="", help="change the middle: name=value,...")
     parser.add_argument("--name", default="healing-ablation")
     parser.add_argument("--out", type=Path)
@@ -116,7 +134,7 @@ def main() -> None:
         before = starts.held_out(start)
         print(plan, before, flush=True)
         for name in options.trials.split(";"):
-            trial = TRIALS[name]
+            trial = EVERY[name]
             trial = replace(trial, settings=replace(trial.settings, **changes))
             student = copy.deepcopy(start)
             healed = run(starts, student, trial, options.tokens)

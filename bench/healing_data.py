@@ -50,19 +50,21 @@ def windows(length: int, count: int | None = None, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Starts:
-    """Makes compressed models of one base, all calibrated on the usual windows."""
+    """Makes compressed models of one base, all calibrated on the same windows."""
 
     base: Base
     sets: dict[str, Tensor]
+    calibration: Tensor
     statistics: Any
     gains: Any
 
     @classmethod
-    def of(cls, base: Base) -> Starts:
-        """Calibrate."""
+    def of(cls, base: Base, calibration: str = token_sets.CALIBRATION) -> Starts:
+        """Calibrate on one of the sets."""
         sets = token_sets.read()
-        statistics = calibrate(base, sets[token_sets.CALIBRATION], needs=EVERYTHING)
-        return cls(base, sets, statistics, gains(base.shape, statistics))
+        found = sets[calibration]
+        statistics = calibrate(base, found, needs=EVERYTHING)
+        return cls(base, sets, found, statistics, gains(base.shape, statistics))
 
     def plan(self, asked: dict[str, Any], start: Start = FISHER) -> Plan:
         """Return the plan for a request."""
@@ -71,8 +73,7 @@ class Starts:
     def student(self, asked: dict[str, Any], start: Start = FISHER) -> Any:
         """Return a compressed model as the product makes it."""
         plan = self.plan(asked, start)
-        found = self.sets[token_sets.CALIBRATION]
-        return perplexity.compress(self.base, plan, self.statistics, found)
+        return perplexity.compress(self.base, plan, self.statistics, self.calibration)
 
     def held_out(self, student: Any) -> dict[str, float]:
         """Return validation perplexity and KL, by which settings are chosen."""

@@ -24,6 +24,15 @@ def write(name: str, body: dict[str, Any], *, out: Path | None = None) -> Path:
     return path
 
 
+def earlier_rows(name: str, *, out: Path | None = None) -> list[dict[str, Any]]:
+    """Return the rows that ``<name>.json`` has already, none if there is no such file."""
+    path = (out or RESULTS) / f"{name}.json"
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows
+
+
 def environment() -> dict[str, Any]:
     """Return versions, device, threads, date and commit."""
     cuda = torch.cuda.is_available()

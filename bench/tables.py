@@ -6,34 +6,19 @@ python bench/tables.py --check  exits 1 if one of them is not what it would writ
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import healing_tables
+from cells import ROOT, asked_words, changes, figures, held_out, held_out_kl, results
 
 from vdcompress.report import Table
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
 CHOSEN = ("fisher", "local", 4)
-TEXTS = ("books_dev", "docs_dev", "wikitext2_valid")
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def results(name: str) -> dict[str, Any]:
-    """Read one benchmark's JSON."""
-    data: dict[str, Any] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-    return data
-
-
-def figures(texts: dict[str, Any]) -> str:
-    """Return the three perplexities as ``books / docs / wikitext2``."""
-    forms = ("{:.2f}", "{:.2f}", "{:.1f}")
-    return " / ".join(
-        form.format(texts[name]["perplexity"]) for form, name in zip(forms, TEXTS, strict=True)
-    )
 
 
 def training_free(model: str, widths: tuple[int, ...]) -> Table:
@@ -118,19 +103,6 @@ def keys_and_groups(model: str) -> Table:
     return Table("", header, shown)
 
 
-def changes(texts: dict[str, Any]) -> str:
-    """Return by how much the three perplexities are above the base's."""
-    return " / ".join(f"{texts[name]['ratio'] - 1:+.1%}" for name in TEXTS)
-
-
-def asked_words(asked: dict[str, Any]) -> str:
-    """Return a request as its flags."""
-    flags = {"target": "for"}
-    return " ".join(
-        f"--{flags.get(name, name).replace('_', '-')} {value}" for name, value in asked.items()
-    )
-
-
 def starts(model: str, asked: dict[str, Any]) -> Table:
     """Perplexity of every start for one request."""
     rows = tuple(
@@ -153,11 +125,6 @@ def repair_words(row: dict[str, Any]) -> str:
     words = [] if row["refit"] == "none" else [row["refit"]]
     words += [f"{row['alternate']} rounds"] if row["alternate"] else []
     return ", ".join(words) or "none"
-
-
-def held_out_kl(texts: dict[str, Any]) -> str:
-    """Return the divergences that choices are made by."""
-    return " / ".join(f"{texts[f'held-out {kind}']['kl']:.4f}" for kind in ("books", "docs"))
 
 
 def predictions(model: str) -> Table:
@@ -222,13 +189,6 @@ def earlier_candidates() -> Table:
     return Table("", ("candidate", "books / docs / wikitext2", "held-out books / documents"), rows)
 
 
-def held_out(texts: dict[str, Any]) -> str:
-    """Return the perplexities that choices are made by."""
-    return " / ".join(
-        f"{texts[f'held-out {kind}']['perplexity']:.2f}" for kind in ("books", "docs")
-    )
-
-
 TABLES: dict[str, Callable[[], Table]] = {
     "pythia": lambda: training_free("pythia-70m-standin", (384, 320, 256)),
     "llama": lambda: training_free("llama-32m-standin", (96, 80)),
@@ -243,6 +203,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "predictions": lambda: predictions("pythia-70m-standin"),
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
     "latent-bound": latent_bound,
+    **healing_tables.TABLES,
     "candidates": candidates,
     "candidates-earlier": earlier_candidates,
 }
@@ -250,7 +211,15 @@ TABLES: dict[str, Callable[[], Table]] = {
 
 def filled(text: str) -> str:
     """Return a text with every marked table filled in."""
-    return MARK.sub(lambda m: f"{m[1]}{TABLES[m[2]]().markdown()}\n{m[3]}", text)
+    return MARK.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text)
+
+
+def table(name: str) -> str:
+    """Return a table, or say that nobody has run its benchmark."""
+    try:
+        return TABLES[name]().markdown()
+    except FileNotFoundError:
+        return "Not measured yet."
 
 
 def main() -> int:

@@ -1,0 +1,169 @@
+"""The tables about healing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cells import ROOT, asked_words, changes, figures, held_out_kl, results
+
+from vdcompress.report import Table
+
+PYTHIA, LLAMA = "pythia-70m-standin", "llama-32m-standin"
+MIDDLE = "middle"
+MILLION = 1e6
+Row = dict[str, Any]
+
+
+def ablation() -> Table:
+    """Validation perplexity and divergence after every way to heal, of all its files."""
+    rounds = _rounds()
+    plans = list(dict.fromkeys(row["plan"] for rows in rounds.values() for row in rows))
+    shown: list[tuple[str, ...]] = []
+    for name, rows in rounds.items():
+        cells = {(row["trial"], row["plan"]): row for row in rows}
+        first = {row["plan"]: row["start"] for row in rows}
+        start = (_chosen_by(first[plan]) if plan in first else "" for plan in plans)
+        shown.append((name, "no training", *start, ""))
+        for trial in dict.fromkeys(row["trial"] for row in rows):
+            found = [cells.get((trial, plan)) for plan in plans]
+            middle = [cells.get((MIDDLE, plan)) for plan in plans]
+            ends = map(_against, found, middle)
+            seconds = " / ".join(f"{row['seconds']:.0f}" for row in found if row is not None)
+            shown.append((name, trial, *ends, seconds))
+    header = ("round", "way", *(f"{plan}: perplexity, KL" for plan in plans), "seconds")
+    if len(rounds) == 1:
+        header, shown = header[1:], [row[1:] for row in shown]
+    return Table("", header, tuple(shown), words=2 if len(rounds) > 1 else 1)
+
+
+def _rounds() -> dict[str, list[Row]]:
+    """Return the rows of every file of the ablation, by what its name says after the first's."""
+    stem = "healing-ablation"
+    names = sorted(path.stem for path in (ROOT / "bench" / "results").glob(f"{stem}*.json"))
+    if not names:
+        raise FileNotFoundError(stem)
+    return {_round_name(name, stem): results(name)["rows"] for name in names}
+
+
+def _round_name(name: str, stem: str) -> str:
+    tokens = results(name)["tokens"] / MILLION
+    words = name.removeprefix(stem).replace("-", " ").strip()
+    return f"{words or 'first'}, {tokens:g}M"
+
+
+def _chosen_by(found: dict[str, float]) -> str:
+    return f"{found['val_ppl']:.3f}, {found['val_kl']:.4f}"
+
+
+def _against(row: Row | None, middle: Row | None) -> str:
+    """Return what a row is chosen by, and how far its divergence is from the middle's."""
+    if row is None:
+        return ""
+    found = _chosen_by(row["end"])
+    if middle is None or row is middle:
+        return found
+    return f"{found} ({row['end']['val_kl'] / middle['end']['val_kl'] - 1:+.1%})"
+
+
+def targets(model: str, *, divergences: bool = False) -> Table:
+    """Perplexity of every setting before and after healing.
+
+    Args:
+        model: the stand-in.
+        divergences: show those on held-out text too.
+    """
+    found = results(f"healing-targets-{model}")
+    rows = [_target(row, found) for row in found["rows"]]
+    rows.sort(key=lambda row: -int(row[1]))
+    whole = str(found["base_bytes_per_token"])
+    blank = ("",) * (2 if divergences else 0)
+    first = ("*uncompressed*", whole, "100.0%", "", figures(found["base"]), "", "", *blank)
+    measured = ("no training", "healed", "its change", "tokens")
+    header = ("setting", "bytes per token", "of fp16", *measured)
+    if divergences:
+        header += ("KL on held-out books / documents", "healed")
+    width = len(header)
+    return Table("", header, (first, *(row[:width] for row in rows)))
+
+
+def _target(row: Row, found: dict[str, Any]) -> tuple[str, ...]:
+    size = row["bytes_per_token"]
+    share = f"{size / found['base_bytes_per_token']:.1%}"
+    free, healed = row["training_free"], row["healed"]
+    tokens = f"{row['tokens_seen'] / MILLION:.1f}M"
+    ends = (figures(free), figures(healed), changes(healed), tokens)
+    chosen = (held_out_kl(free), held_out_kl(healed))
+    return (asked_words(row["asked"]), str(size), share, *ends, *chosen)
+
+
+def long(model: str) -> Table:
+    """Validation perplexity after each pass over the training text."""
+    found = results(f"healing-targets-{model}-long")
+    most = max(len(row["epochs"]) for row in found["rows"])
+    rows = []
+    for row in found["rows"]:
+        course = [f"{epoch['val_ppl']:.3f}" for epoch in row["epochs"]]
+        course += [""] * (most - len(course))
+        start = f"{row['initial_val_ppl']:.3f}"
+        tokens = f"{row['tokens_seen'] / MILLION:.1f}M"
+        rows.append((asked_words(row["asked"]), start, *course, tokens, figures(row["healed"])))
+    passes = (f"pass {number}" for number in range(1, most + 1))
+    header = ("setting", "start", *passes, "tokens", "books / docs / wikitext2")
+    return Table("", header, tuple(rows))
+
+
+def starts() -> Table:
+    """How far healing goes, and how fast, from each start."""
+    rows = results("healing-starts")["rows"]
+    order = list(dict.fromkeys(row["plan"] for row in rows))
+    shown = []
+    for row in sorted(rows, key=lambda row: (-row["sequences"], order.index(row["plan"]))):
+        epochs = len(row["epochs"])
+        end = f"{row['best_epoch']} of {epochs}"
+        end += "" if row["stopped_early"] else ", cut off"
+        val = (row["initial_val_ppl"], row["epochs"][0]["val_ppl"], best_of(row))
+        course = [f"{ppl:.2f}" for ppl in val]
+        to = [_epochs(row[f"epochs_to_{goal}"], epochs) for goal in ("start", "first")]
+        spent = (f"{row['tokens_seen'] / MILLION:.1f}M", f"{row['seconds']:.0f}")
+        head = (f"{row['sequences']:,}", row["plan"], row["start"])
+        shown.append((*head, *course, end, *to, *spent))
+    course_names = ("at the start", "after an epoch", "best", "best epoch")
+    to_names = ("epochs to the closed form", "to its first epoch")
+    header = ("sequences", "setting", "start", *course_names, *to_names, "tokens", "seconds")
+    return Table("", header, tuple(shown), words=3)
+
+
+def best_of(row: Row) -> float:
+    """Return the lowest validation perplexity of a finetune, the start's included."""
+    return min(row["initial_val_ppl"], *(epoch["val_ppl"] for epoch in row["epochs"]))
+
+
+def _epochs(found: int | None, most: int) -> str:
+    return f"not in {most}" if found is None else str(found)
+
+
+def speed() -> Table:
+    """Tokens per second and memory of healing beside plain passes."""
+    rows = []
+    for row in results("healing-speed-cuda")["rows"]:
+        ways = (row["plain"], row["heal"])
+        speeds = (f"{way['speed'] / 1e3:.0f}k" for way in ways)
+        memory = (f"{way['gib']:.1f}" for way in ways)
+        shape = f"{row['batch']} x {row['length']}"
+        rows.append((shape, row["train"], *speeds, f"{row['ratio']:.2f}", *memory))
+    speeds = ("plain passes, tokens/s", "heal, tokens/s", "ratio")
+    header = ("windows", "trained", *speeds, "plain, GiB", "heal, GiB")
+    return Table("", header, tuple(rows), words=2)
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "healing-ablation": ablation,
+    "healing-pythia": lambda: targets(PYTHIA),
+    "healing-llama": lambda: targets(LLAMA),
+    "healing-pythia-held-out": lambda: targets(PYTHIA, divergences=True),
+    "healing-llama-held-out": lambda: targets(LLAMA, divergences=True),
+    "healing-long": lambda: long(PYTHIA),
+    "healing-starts": starts,
+    "healing-speed": speed,
+}

@@ -106,6 +106,9 @@ COMBINATIONS: dict[str, Trial] = {
     "KL + hidden states, length 256, linear": Trial(replace(BOTH, schedule="linear"), 256),
     "KL + hidden states, length 256, lr 1e-3": Trial(replace(BOTH, learning_rate=1e-3), 256),
     "KL + hidden states, length 256, lr 3e-4": Trial(replace(BOTH, learning_rate=3e-4), 256),
+    "KL + hidden states, length 256, a quarter of the text, four passes": Trial(
+        replace(BOTH, epochs=4, patience=4), 256, share=0.25
+    ),
     "KL + hidden states, length 256, body at a third": Trial(
         replace(BOTH, train="body", body_rate=1 / 3), 256
     ),

@@ -51,6 +51,7 @@ PYTHIA: tuple[tuple[Asked, tuple[Start, ...]], ...] = (
     ({"v_dim": 256, "k_dim": 256}, OURS),
     ({"v_dim": 256, "k_dim": 256, "allocation": "layers"}, OURS),
     ({"v_dim": 320, "groups": 1}, EVERY),
+    ({"v_dim": 320, "groups": 1, "allocation": "layers"}, OURS),
     ({"v_dim": 256, "groups": 1}, OURS),
     ({"v_dim": 192, "groups": 1}, OURS),
     ({"v_dim": 128, "groups": 1}, OURS),

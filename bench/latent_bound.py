@@ -30,6 +30,7 @@ MODEL = "pythia-70m-standin"
 ASKED: tuple[dict[str, Any], ...] = (
     {"v_dim": 320, "k_dim": 320},
     {"v_dim": 192, "k_dim": 192, "groups": 1},
+    {"v_dim": 320, "groups": 1},
 )
 BATCH, RATE = 4, 2e-4
 

@@ -83,7 +83,13 @@ class Distilled(nn.Module):
 
     Wrappers such as DDP and FSDP see both in one. The teacher, if there is one, stays in
     evaluation mode and gets no gradients.
+
+    Attributes:
+        _no_split_modules: classes of the layers that FSDP gathers one by one, where accelerate
+            looks for them.
     """
+
+    _no_split_modules: list[str]
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective

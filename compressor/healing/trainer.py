@@ -54,7 +54,7 @@ class HealTrainer(Trainer):
         report_to: Sequence[str],
         on_event: OnEvent,
     ) -> None:
-        distilled._no_split_modules = sharding.layers_of(distilled)  # where accelerate looks
+        distilled._no_split_modules = sharding.layers_of(distilled)
         self.distilled = distilled
         self.settings = settings
         self.folder = folder

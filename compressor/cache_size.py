@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vdcompress.errors import ModelError
+from vdcompress.modeling.latent import CACHE_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def measure_cache(
         return_dict_in_generate=True,
         pad_token_id=0,
     )
-    cache = output.past_key_values
+    cache = next((output[name] for name in CACHE_NAMES if name in output), None)
     if cache is None or not cache.get_seq_length():
         raise ModelError("the model left no cache after generate()")
     return _size(cache)

@@ -89,7 +89,7 @@ class PackedLayer:
 
 def with_cache(layers: list[Any], tokens: int = 20) -> Any:
     cache = SimpleNamespace(layers=layers, get_seq_length=lambda: tokens)
-    output = SimpleNamespace(past_key_values=cache)
+    output = {"past_key_values": cache}
     return SimpleNamespace(generate=lambda *_, **__: output, device=torch.device("cpu"))
 
 

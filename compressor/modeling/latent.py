@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.cache_utils import DynamicCache
 
 from .attention import NAME as ATTENTION
 from .cache import LatentCache
 from .layout import LayerLayout
+
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 @dataclass(kw_only=True)
@@ -223,15 +226,13 @@ class LatentModel:
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Give ``generate()`` our cache where it would make a dynamic one."""
-        wants = generation_config.cache_implementation
-        if (
-            generation_config.use_cache is not False
-            and model_kwargs.get("past_key_values") is None
-            and wants in (None, "dynamic", "offloaded")
-        ):
-            layers = self.config.num_hidden_layers  # type: ignore[attr-defined]
-            model_kwargs["past_key_values"] = LatentCache(layers, offloading=wants == "offloaded")
-            return None
-        return super()._prepare_cache_for_generation(
+        given = {name for name in CACHE_NAMES if model_kwargs.get(name) is not None}
+        prepared = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
         )
+        for name in CACHE_NAMES:
+            made = model_kwargs.get(name)
+            if name not in given and isinstance(made, DynamicCache):
+                layers = self.config.num_hidden_layers  # type: ignore[attr-defined]
+                model_kwargs[name] = LatentCache(layers, offloading=made.offloading)
+        return prepared

@@ -39,13 +39,18 @@ class VDLlamaAttention(LatentAttention):
         hidden_states: Tensor,
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map [b, t, hidden] to [b, t, hidden], through the cache if there is one."""
+        """Map [b, t, hidden] to [b, t, hidden], through the cache if there is one.
+
+        It is called ``past_key_values`` by transformers before 5.24.
+        """
         query, key, value = self.latents(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, matmul_attention
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,11 +131,50 @@ def evaluate(
     """
     check_evaluation(tokens, window, positions)
     total = LossSums(window, with_base=base is not None)
+    _add_all(total, model, base, _batches(tokens, window, windows, batch), on_event)
+    return total.evaluation(positions)
+
+
+def evaluate_windows(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    positions: Sequence[int] = POSITIONS,
+    batch: int = 8,
+    on_event: OnEvent = ignore,
+) -> Evaluation:
+    """Measure a model on separate windows, in which each token predicts the next.
+
+    Args:
+        model: as in :func:`evaluate`.
+        windows: token ids, int64, shape [n, length]; ``length - 1`` of each are inputs.
+        positions: edges of the buckets in which perplexity is also given, increasing.
+        batch: windows per forward pass.
+        on_event: gets a :class:`Progress` of stage ``evaluate`` after each batch.
+
+    Raises:
+        UsageError: the edges do not increase.
+        ModelError: a loss is NaN or infinite; names the window.
+    """
+    check_positions(positions)
+    total = LossSums(windows.shape[1] - 1, with_base=False)
+    pairs = ((part[:, :-1], part[:, 1:]) for part in windows.split(batch))
+    _add_all(total, model, None, pairs, on_event)
+    return total.evaluation(positions)
+
+
+def _add_all(
+    total: LossSums,
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    on_event: OnEvent,
+) -> None:
+    """Add the losses of batches of inputs and their next tokens, both [b, t]."""
     with torch.inference_mode(), _evaluating(model, base):
-        for inputs, targets in _batches(tokens, window, windows, batch):
+        for inputs, targets in batches:
             total.add(_losses(model, base, inputs.to(model.device), targets.to(model.device)))
             on_event(Progress("evaluate", total.windows, f"ppl {total.perplexity():.4g}"))
-    return total.evaluation(positions)
 
 
 class LossSums:
@@ -194,6 +233,11 @@ def check_evaluation(tokens: Tensor, window: int, positions: Sequence[int]) -> N
             f"{window + 1:,} are needed for one window of {window:,}",
             "give a longer text or a smaller --seq-len",
         )
+    check_positions(positions)
+
+
+def check_positions(positions: Sequence[int]) -> None:
+    """Raise :class:`UsageError` unless these are two or more increasing edges."""
     edges = list(positions)
     if len(edges) < 2 or edges[0] < 0 or edges != sorted(set(edges)):
         raise UsageError(f"positions {edges} are not increasing edges", "like 0,16,32,64,96,128")

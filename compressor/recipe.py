@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vdcompress.errors import RecipeError, UsageError, did_you_mean
 from vdcompress.healing.settings import HealSettings, Schedule, Target, Train
+from vdcompress.scratch.architecture import Architecture
 
 VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -134,6 +135,34 @@ class HealSection(TrainingSection):
     seq_len: Annotated[int, Field(ge=2)] = 128
 
 
+class FirstPhaseSection(Section):
+    """What trains alone before the ``heal`` section's phase, by that section's other settings."""
+
+    train: Train = "latents"
+    epochs: Count | None = None
+
+
+class ScratchSection(Section):
+    """A GPT-NeoX with random weights in place of a ``model``, to compare with.
+
+    ``tokenizer`` is a folder, an alias or a hub id; the sizes are explained at
+    :class:`~vdcompress.scratch.architecture.Architecture`.
+    """
+
+    tokenizer: str = "pythia-70m"
+    vocab_size: Count = Architecture.vocab_size
+    hidden_size: Count = Architecture.hidden_size
+    num_hidden_layers: Count = Architecture.num_hidden_layers
+    num_attention_heads: Count = Architecture.num_attention_heads
+    intermediate_size: Count = Architecture.intermediate_size
+    max_position_embeddings: Count = Architecture.max_position_embeddings
+    rotary_pct: Annotated[float, Field(gt=0, le=1)] = Architecture.rotary_pct
+    qk_bias: bool = Architecture.qk_bias
+    restore_from: Count | None = Architecture.restore_from
+    seed: Seed = 0
+    first_phase: FirstPhaseSection | None = None
+
+
 class GateSection(Section):
     """The quality that a run must have: the largest ratio of its perplexity to the base's."""
 
@@ -156,6 +185,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     heal: HealSection = HealSection()
     gate: GateSection | None = None
+    scratch: ScratchSection | None = None
 
     def merged(self, overrides: Mapping[str, Any]) -> Recipe:
         """Return this recipe with some values replaced.
@@ -187,8 +217,14 @@ def model_of(recipe: Recipe) -> str:
     """Return the recipe's model.
 
     Raises:
-        UsageError: it names none.
+        UsageError: it names none, or it trains one from scratch.
     """
+    if recipe.scratch is not None:
+        raise UsageError(
+            f"recipe {recipe.name or 'given'} trains a model from scratch: there is none to start "
+            "from",
+            f"run it with: vdcompress train {recipe.name or 'RECIPE'}",
+        )
     if recipe.model is None:
         raise UsageError("which model? neither MODEL nor a recipe names one", "try: pythia-70m")
     return recipe.model
@@ -228,6 +264,22 @@ def load_recipe(name: str | Path) -> Recipe:
         line = f" (line {mark.line + 1})" if mark else ""
         raise RecipeError(f"{origin} is not YAML{line}") from error
     return parse(data, origin)
+
+
+def load_scratch_recipe(name: str | Path) -> Recipe:
+    """Read a recipe that trains a model from scratch.
+
+    Raises:
+        UsageError: it starts from a model.
+        RecipeError: as :func:`load_recipe` raises.
+    """
+    recipe = load_recipe(name)
+    if recipe.scratch is None:
+        raise UsageError(
+            f"recipe {name} has no scratch section: it starts from a model",
+            f"use it with: vdcompress apply --recipe {name}",
+        )
+    return recipe
 
 
 def shipped() -> tuple[str, ...]:
@@ -289,6 +341,7 @@ def _keys(location: tuple[str | int, ...]) -> list[str]:
         "evaluation": EvaluationSection,
         "heal": HealSection,
         "gate": GateSection,
+        "scratch": ScratchSection,
     }
     section = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return list(section.model_fields)

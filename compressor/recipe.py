@@ -136,7 +136,10 @@ class HealSection(TrainingSection):
 
 
 class FirstPhaseSection(Section):
-    """What trains alone before the ``heal`` section's phase, by that section's other settings."""
+    """What trains alone before the ``heal`` section's phase, by that section's other settings.
+
+    ``epochs`` is at most that section's; null takes as many.
+    """
 
     train: Train = "latents"
     epochs: Count | None = None

@@ -213,7 +213,8 @@ def test_what_architectures_share_begins_alike() -> None:
 def test_two_phases_train_what_they_say(tmp_path: Path) -> None:
     scratch = tiny(TWO_PHASES, **{"heal.learning_rate": 3e-3, "heal.epochs": 2})
     assert [phase.train for phase in scratch.phases] == ["latents", "all"]
-    assert [phase.epochs for phase in scratch.phases] == [5, 2]
+    assert [phase.epochs for phase in scratch.phases] == [2, 2]
+    assert [phase.epochs for phase in tiny(TWO_PHASES).phases] == [5, 30]
     model: Any = scratch.model()
     states = [_copy(model)]
 

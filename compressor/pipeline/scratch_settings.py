@@ -57,7 +57,8 @@ class Scratch:
         last = heal_settings(recipe)
         phases: tuple[HealSettings, ...] = (last,)
         if (first := section.first_phase) is not None:
-            phases = (replace(last, train=first.train, epochs=first.epochs or last.epochs), last)
+            epochs = min(first.epochs or last.epochs, last.epochs)
+            phases = (replace(last, train=first.train, epochs=epochs), last)
         return cls(architecture, plan, phases, section.seed, section.tokenizer)
 
     def model(self) -> PreTrainedModel:

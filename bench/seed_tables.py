@@ -29,7 +29,7 @@ def experiment() -> Table:
         counts = first["parameters"]
         size = f"{100 * first['reduction']:.4g}%"
         head = (NAMES[recipe], size, f"{counts['compressed']:,}", f"{counts['v_path']:,}")
-        best = [row["epochs"][row["best_epoch"] - 1] for row in rows]
+        best = [row["epochs"][max(row["best_epoch"] - 1, 0)] for row in rows]
         epochs = [
             _each(len(row["epochs"]) for row in rows),
             _each(row["best_epoch"] for row in rows),

@@ -10,7 +10,7 @@ from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags
 from vdcompress.cli.resuming import Checkpoints, require_alone
 from vdcompress.cli.session import session
-from vdcompress.cli.show import show_trained
+from vdcompress.cli.show import show_evaluation
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.errors import UsageError
@@ -107,4 +107,4 @@ def train(
         kept.partial = job.partial
         results = scratch.train_scratch(job, force=force, device=where, on_event=out.display)
         if processes.is_main():
-            show_trained(out, results)
+            show_evaluation(out, results, f"written to {results['run']}")

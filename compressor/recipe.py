@@ -13,28 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vdcompress.errors import RecipeError, UsageError, did_you_mean
 from vdcompress.healing.settings import HealSettings, Schedule, Target, Train
-from vdcompress.scratch.architecture import Architecture
+from vdcompress.recipe_section import Count, Positive, Section, Seed, Share, Weight
+from vdcompress.scratch.section import ScratchSection
 
 VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 DEFAULT_POSITIONS = (0, 16, 32, 64, 96, 128)
 SUFFIXES = (".yaml", ".yml")
-
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and closed to keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class PlanSection(Section):
@@ -133,37 +122,6 @@ class HealSection(TrainingSection):
     samples: Count = 10_000
     validation_samples: Count = 500
     seq_len: Annotated[int, Field(ge=2)] = 128
-
-
-class FirstPhaseSection(Section):
-    """What trains alone before the ``heal`` section's phase, by that section's other settings.
-
-    ``epochs`` is at most that section's; null takes as many.
-    """
-
-    train: Train = "latents"
-    epochs: Count | None = None
-
-
-class ScratchSection(Section):
-    """A GPT-NeoX with random weights in place of a ``model``, to compare with.
-
-    ``tokenizer`` is a folder, an alias or a hub id; the sizes are explained at
-    :class:`~vdcompress.scratch.architecture.Architecture`.
-    """
-
-    tokenizer: str = "pythia-70m"
-    vocab_size: Count = Architecture.vocab_size
-    hidden_size: Count = Architecture.hidden_size
-    num_hidden_layers: Count = Architecture.num_hidden_layers
-    num_attention_heads: Count = Architecture.num_attention_heads
-    intermediate_size: Count = Architecture.intermediate_size
-    max_position_embeddings: Count = Architecture.max_position_embeddings
-    rotary_pct: Annotated[float, Field(gt=0, le=1)] = Architecture.rotary_pct
-    qk_bias: bool = Architecture.qk_bias
-    restore_from: Count | None = Architecture.restore_from
-    seed: Seed = 0
-    first_phase: FirstPhaseSection | None = None
 
 
 class GateSection(Section):

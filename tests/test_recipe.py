@@ -17,13 +17,13 @@ from vdcompress.recipe import (
     HealSection,
     PlanSection,
     Recipe,
-    ScratchSection,
     load_recipe,
     parse,
     shipped,
 )
 from vdcompress.request import ALLOCATIONS, TARGETS, Request
 from vdcompress.scratch.architecture import Architecture
+from vdcompress.scratch.section import ScratchSection
 
 NOT_IN_RECIPES = {"chunk_tokens"}
 

@@ -11,7 +11,7 @@ from vdcompress import runs
 from vdcompress.cache_size import measure_cache
 from vdcompress.errors import ModelError
 from vdcompress.evaluate import evaluate_windows
-from vdcompress.events import OnEvent, Stopwatch, ignore
+from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.healing import processes
 from vdcompress.load import load_tokenizer, moved
 from vdcompress.pipeline import text
@@ -136,6 +136,8 @@ def train_scratch(
     processes.end()
     if not processes.is_main():
         return {}
+    if phases[-1].best_epoch == 0:
+        on_event(Warned("no epoch was better than the start: the weights are those it began with"))
     found = _measured(job, scratch, model, measuring, timed)
     results = described(
         "train",
@@ -143,6 +145,7 @@ def train_scratch(
         scratch.plan,
         scratch.counts(),
         run=str(job.output),
+        parent=None,
         cost=scratch.cost(),
         **found,
         **_courses(phases),

@@ -276,8 +276,13 @@ def _write_model(folder: Path, compressed: Compressed) -> None:
     if broken:
         raise ModelError(f"{broken[0]} is not finite in {compressed.dtype}", "use --dtype float32")
     write_config(folder, compressed)
+    write_weights(folder, state, like=folder / "config.json")
+
+
+def write_weights(folder: Path, state: dict[str, torch.Tensor], *, like: Path) -> None:
+    """Write tensors that lie on the CPU, for the same readers as the file ``like``."""
     save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
-    mode = (folder / "config.json").stat().st_mode  # safetensors' own is for the owner alone
+    mode = like.stat().st_mode  # safetensors' own is for the owner alone
     for shard in folder.glob("*.safetensors"):
         shard.chmod(mode)
 

@@ -86,6 +86,7 @@ def test_each_recipe_trains_and_becomes_a_run(
     model: Any = Scratch.of(recipe).model()
     model.load_state_dict(load_file(run / "model.safetensors"), strict=True)
     assert sum(p.numel() for p in model.parameters()) == found["parameters"]["compressed"]
+    assert len({path.stat().st_mode for path in run.iterdir()}) == 1
     card = (run / "README.md").read_text()
     assert name in card
     assert "| 0-16 |" in card

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel
 
-from vdcompress.artifact import COMPARISON, FORMAT, MARKER, MAX_SHARD_SIZE, new_folder
+from vdcompress.artifact import COMPARISON, FORMAT, MARKER, new_folder, write_weights
 from vdcompress.plan import Plan
 from vdcompress.report import layers, positions, summary
 
@@ -42,8 +41,8 @@ def write_comparison(
     """
     with new_folder(folder, force=force) as partial:
         state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        save_torch_state_dict(state, partial, max_shard_size=MAX_SHARD_SIZE)
         (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_weights(partial, state, like=partial / "results.json")
         (partial / "recipe.yaml").write_text(recipe)
         (partial / "README.md").write_text(card(results))
         (partial / MARKER).write_text(json.dumps(_marker(plan), indent=2) + "\n")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import healing_tables
+import seed_tables
 from cells import ROOT, asked_words, changes, figures, held_out, held_out_kl, results
 
 from vdcompress.report import Table
@@ -200,6 +201,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
     "latent-bound": latent_bound,
     **healing_tables.TABLES,
+    **seed_tables.TABLES,
     "candidates": candidates,
 }
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags
+from vdcompress.cli.resuming import Checkpoints, require_alone
 from vdcompress.cli.session import session
 from vdcompress.cli.show import show_run
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
-from vdcompress.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -41,24 +40,10 @@ def finetune(
         o.Train | None,
         typer.Option(rich_help_panel=o.HEALING, help="Which weights learn."),
     ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(min=1, rich_help_panel=o.HEALING, help="At most so many."),
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            min=1, rich_help_panel=o.HEALING, help="Epochs without improvement that stop it."
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(min=0.0, rich_help_panel=o.HEALING, help="Of AdamW."),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, rich_help_panel=o.HEALING, help="Sequences in a step."),
-    ] = None,
+    epochs: o.Epochs = None,
+    patience: o.Patience = None,
+    learning_rate: o.LearningRate = None,
+    batch_size: o.BatchSize = None,
     data: o.DataText = None,
     eval_data: o.EvalData = None,
     text_field: o.TextField = None,
@@ -103,7 +88,7 @@ def finetune(
 
         where = resolve_device(device)
         if resume:
-            _require_alone(overrides, output)
+            require_alone(overrides, output)
 
         def job_of_all() -> healing.Job:
             if resume:
@@ -118,31 +103,3 @@ def finetune(
         results = healing.finetune_run(job, force=force, device=where, on_event=out.display)
         if processes.is_main():
             show_run(out, results, f"next: vdcompress export {results['run']}")
-
-
-class Checkpoints:
-    """What an interrupted finetune leaves behind."""
-
-    def __init__(self) -> None:
-        self.partial: Path | None = None
-
-    def __call__(self) -> tuple[str, str]:
-        """Say it."""
-        if self.partial is None or not self.partial.is_dir():
-            return "nothing was written", ""
-        return (
-            f"checkpoints are kept in {self.partial}",
-            f"continue with: vdcompress finetune --resume {self.partial}",
-        )
-
-
-def _require_alone(overrides: dict[str, Any], output: Path | None) -> None:
-    """Refuse settings beside ``--resume``, which continues with those it was begun with."""
-    given = [name.split(".")[-1] for name, value in overrides.items() if value is not None]
-    given += ["output"] if output else []
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UsageError(
-            f"--resume continues with its own settings, not with {flags}",
-            "leave them out, or start again without --resume",
-        )

@@ -137,6 +137,28 @@ Seed = Annotated[
     typer.Option("--seed", min=0, rich_help_panel=DATA, help="Of everything that is drawn."),
 ]
 
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", min=1, rich_help_panel=HEALING, help="At most so many."),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        "--patience",
+        min=1,
+        rich_help_panel=HEALING,
+        help="Epochs without improvement that stop it.",
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", min=0.0, rich_help_panel=HEALING, help="Of AdamW."),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", min=1, rich_help_panel=HEALING, help="Sequences in a step."),
+]
+
 Folder = Annotated[
     Path | None,
     typer.Option(

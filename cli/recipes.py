@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from vdcompress import report
 from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
@@ -31,7 +32,12 @@ def recipes(context: typer.Context, json: o.Json = False) -> None:
 
         found = [load_recipe(name) for name in shipped()]
         rows = tuple(
-            (recipe.name, recipe.model or "", str(recipe.plan.v_dim or ""), recipe.description)
+            (
+                recipe.name,
+                recipe.model or ("from scratch" if recipe.scratch else ""),
+                str(recipe.plan.v_dim or ""),
+                recipe.description,
+            )
             for recipe in found
         )
         listed = [
@@ -64,13 +70,22 @@ def show(name: Name, json: o.Json = False) -> None:
 
 @recipes_app.command()
 def check(name: Name, json: o.Json = False) -> None:
-    """Read a recipe strictly, and say whether it is sound."""
+    """Read a recipe strictly, and say what it would build.
+
+    Parameters, widths and bytes per token, from the model's config alone.
+    """
     with session(Flags(json)) as out:
-        from vdcompress import initializers
+        from vdcompress.pipeline.checking import check_recipe
         from vdcompress.recipe import load_recipe
 
-        recipe = load_recipe(name)
-        if recipe.start.initializer is not None:
-            initializers.get(recipe.start.initializer)
-        document = {"schema": 1, "command": "recipes check", "name": str(name), "sound": True}
-        out.result(document, f"{name}: sound")
+        found = check_recipe(load_recipe(name))
+        document = found | {"name": str(name), "sound": True}
+        out.result(document, f"{name}: sound", *_built(found))
+
+
+def _built(found: dict[str, Any]) -> list[Table | str]:
+    """Return what a recipe builds, for people."""
+    path = found["parameters"]["v_path"]
+    if found["plan"] is None:
+        return [report.summary(found), "how wide each part becomes is settled by calibration"]
+    return [report.summary(found), report.layers(found["plan"]), f"parameters of V: {path:,}"]

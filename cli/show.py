@@ -43,10 +43,10 @@ def show_run(out: Output, results: Document, following: str) -> None:
     require_gate(results)
 
 
-def show_evaluation(out: Output, results: Document) -> None:
-    """Show what ``evaluate`` found."""
+def show_evaluation(out: Output, results: Document, *lines: str) -> None:
+    """Show what ``evaluate`` found, or ``train``, and further lines."""
     tables = [report.summary(results), report.positions(results)]
-    out.result(results, *filter(None, tables))
+    out.result(results, *filter(None, tables), *lines)
     out.note(_took(results))
 
 

@@ -31,6 +31,7 @@ from vdcompress.plan import Plan
 
 FORMAT = 1
 MARKER = "vdcompress.json"
+COMPARISON = "comparison"
 MARKED = ("base", "calibration", "dtype", "plan")
 MAX_SHARD_SIZE = "5GB"
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
@@ -186,7 +187,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """Read ``vdcompress.json``, what makes a folder an artefact.
 
     Raises:
-        RunError: if it is missing, unreadable or of a future format.
+        RunError: if it is missing, unreadable or of a future format, or says that the folder
+            holds no compressed model but one from scratch.
     """
     if not folder.is_dir():
         raise RunError(f"no run {folder}", "vdcompress apply MODEL --v-dim N makes one")
@@ -203,6 +205,11 @@ def read_marker(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / MARKER} cannot be read") from error
+    if marker.get(COMPARISON):
+        raise RunError(
+            f"{folder} was trained from scratch, to be compared with: there is no base behind it",
+            f"its figures are in {folder / 'results.json'}",
+        )
     if absent := [key for key in MARKED if key not in marker]:
         raise RunError(f"{folder / MARKER} cannot be read: it lacks {absent[0]!r}")
     return marker
@@ -269,8 +276,13 @@ def _write_model(folder: Path, compressed: Compressed) -> None:
     if broken:
         raise ModelError(f"{broken[0]} is not finite in {compressed.dtype}", "use --dtype float32")
     write_config(folder, compressed)
+    write_weights(folder, state, like=folder / "config.json")
+
+
+def write_weights(folder: Path, state: dict[str, torch.Tensor], *, like: Path) -> None:
+    """Write tensors that lie on the CPU, for the same readers as the file ``like``."""
     save_torch_state_dict(state, folder, max_shard_size=MAX_SHARD_SIZE)
-    mode = (folder / "config.json").stat().st_mode  # safetensors' own is for the owner alone
+    mode = like.stat().st_mode  # safetensors' own is for the owner alone
     for shard in folder.glob("*.safetensors"):
         shard.chmod(mode)
 

@@ -149,6 +149,16 @@ def read_weights(
     return model.eval()
 
 
+def load_tokenizer(model: str | Path) -> Any:
+    """Load the tokenizer of a folder, an alias or a hub id; no config and no weights are needed.
+
+    Raises:
+        ModelError: if it cannot be found or read, or names no end-of-text token.
+    """
+    _, folder, _ = _find(str(model), None, list(TOKENIZER_FILES))
+    return read_tokenizer(folder)
+
+
 def read_tokenizer(folder: Path) -> Any:
     """Read a folder's tokenizer; it must name an end-of-text token."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):

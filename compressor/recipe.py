@@ -13,27 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from vdcompress.errors import RecipeError, UsageError, did_you_mean
 from vdcompress.healing.settings import HealSettings, Schedule, Target, Train
+from vdcompress.recipe_section import Count, Positive, Section, Seed, Share, Weight
+from vdcompress.scratch.section import ScratchSection
 
 VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 DEFAULT_POSITIONS = (0, 16, 32, 64, 96, 128)
 SUFFIXES = (".yaml", ".yml")
-
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and closed to keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class PlanSection(Section):
@@ -156,6 +146,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     heal: HealSection = HealSection()
     gate: GateSection | None = None
+    scratch: ScratchSection | None = None
 
     def merged(self, overrides: Mapping[str, Any]) -> Recipe:
         """Return this recipe with some values replaced.
@@ -187,8 +178,14 @@ def model_of(recipe: Recipe) -> str:
     """Return the recipe's model.
 
     Raises:
-        UsageError: it names none.
+        UsageError: it names none, or it trains one from scratch.
     """
+    if recipe.scratch is not None:
+        raise UsageError(
+            f"recipe {recipe.name or 'given'} trains a model from scratch: there is none to start "
+            "from",
+            f"run it with: vdcompress train {recipe.name or 'RECIPE'}",
+        )
     if recipe.model is None:
         raise UsageError("which model? neither MODEL nor a recipe names one", "try: pythia-70m")
     return recipe.model
@@ -228,6 +225,22 @@ def load_recipe(name: str | Path) -> Recipe:
         line = f" (line {mark.line + 1})" if mark else ""
         raise RecipeError(f"{origin} is not YAML{line}") from error
     return parse(data, origin)
+
+
+def load_scratch_recipe(name: str | Path) -> Recipe:
+    """Read a recipe that trains a model from scratch.
+
+    Raises:
+        UsageError: it starts from a model.
+        RecipeError: as :func:`load_recipe` raises.
+    """
+    recipe = load_recipe(name)
+    if recipe.scratch is None:
+        raise UsageError(
+            f"recipe {name} has no scratch section: it starts from a model",
+            f"use it with: vdcompress apply --recipe {name}",
+        )
+    return recipe
 
 
 def shipped() -> tuple[str, ...]:
@@ -289,6 +302,7 @@ def _keys(location: tuple[str | int, ...]) -> list[str]:
         "evaluation": EvaluationSection,
         "heal": HealSection,
         "gate": GateSection,
+        "scratch": ScratchSection,
     }
     section = sections.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return list(section.model_fields)

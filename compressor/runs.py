@@ -17,6 +17,7 @@ ROOT = Path("runs")
 MARKER = "vdcompress.json"
 PARTIAL = ".partial"
 HEALED = "healed"
+FROM_SCRATCH = "train.json"
 
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 _HEALED = re.compile(rf"-{HEALED}-\d{{8}}-\d{{6}}(-\d+)?$")
@@ -53,14 +54,29 @@ def finished_of(partial: Path) -> Path:
     return partial.with_name(partial.name.removesuffix(PARTIAL))
 
 
+def resuming(partial: Path) -> str:
+    """Return the command that continues an interrupted run."""
+    verb = "train" if (partial / FROM_SCRATCH).is_file() else "finetune"
+    return f"vdcompress {verb} --resume {partial}"
+
+
 def finished(root: Path = ROOT) -> list[Path]:
     """Return the finished runs, the latest last."""
     return sorted(filter(is_finished, _folders(root)), key=lambda run: (_age(run / MARKER), run))
 
 
-def partials(root: Path = ROOT) -> list[Path]:
-    """Return the finetunes that were interrupted, the latest last."""
-    found = [folder for folder in _folders(root) if folder.suffix == PARTIAL]
+def partials(root: Path = ROOT, *, scratch: bool = False) -> list[Path]:
+    """Return the finetunes that were interrupted, the latest last.
+
+    Args:
+        root: the folder of all runs.
+        scratch: those from scratch instead.
+    """
+    found = [
+        folder
+        for folder in _folders(root)
+        if folder.suffix == PARTIAL and (folder / FROM_SCRATCH).is_file() == scratch
+    ]
     return sorted(found, key=lambda folder: (_age(folder), folder))
 
 
@@ -96,21 +112,26 @@ def resolve(run: str | Path | None, root: Path = ROOT) -> Path:
     if partial.is_dir():
         raise RunError(
             f"run {path} was interrupted before it finished",
-            f"continue it with: vdcompress finetune --resume {partial}",
+            f"continue it with: {resuming(partial)}",
         )
     if path.exists():
         raise RunError(f"{path} is not a finished run: no {MARKER} in it", _known(path, root))
     raise RunError(f"run {run} does not exist", _known(path, root))
 
 
-def resolve_partial(run: str | Path | None, root: Path = ROOT) -> Path:
+def resolve_partial(run: str | Path | None, root: Path = ROOT, *, scratch: bool = False) -> Path:
     """Find an interrupted finetune: by its folder, by the run it heals, or the latest.
 
+    Args:
+        run: its folder or the run; None is the latest.
+        root: the folder of all runs.
+        scratch: find a training from scratch instead.
+
     Raises:
-        RunError: there is none.
+        RunError: there is none, or another command continues it.
     """
     if run is None:
-        found = partials(root)
+        found = partials(root, scratch=scratch)
     else:
         path = Path(run)
         named = [path, root / path, partial_of(path)]
@@ -119,9 +140,14 @@ def resolve_partial(run: str | Path | None, root: Path = ROOT) -> Path:
             stem = f"{_HEALED.sub('', path.name)}-{HEALED}-"
             found = [folder for folder in partials(root) if folder.name.startswith(stem)]
     if not found:
+        what = "training" if scratch else "finetune"
         raise RunError(
-            f"no interrupted finetune {f'of {run}' if run else f'under ./{root}'}",
+            f"no interrupted {what} {f'of {run}' if run else f'under ./{root}'}",
             "start one without --resume",
+        )
+    if (found[-1] / FROM_SCRATCH).is_file() != scratch:
+        raise RunError(
+            f"{found[-1]} is of another command", f"continue it with: {resuming(found[-1])}"
         )
     return found[-1]
 

@@ -145,7 +145,7 @@ def test_inspect_shows_a_base_and_a_run(
 
 def test_recipes_are_listed_shown_and_checked(vdcompress: Vdcompress) -> None:
     assert "pythia-70m-v320" in vdcompress("recipes").out
-    shown = vdcompress("recipes", "show", "pythia-70m-v320")
+    shown = vdcompress("recipes", "show", "demo")
     Path("copy.yaml").write_text(shown.out)
     assert vdcompress("recipes", "check", "copy.yaml").code == 0
     names = [recipe["name"] for recipe in vdcompress("recipes", "--json").json["recipes"]]

@@ -11,7 +11,10 @@ import pytest
 from conftest import Vdcompress
 
 PROGRAM = "import sys; from vdcompress.cli.app import main; main()"
-COMMANDS = ("apply", "finetune", "evaluate", "export", "inspect", "sweep", "recipes", "demo")
+COMMANDS = (
+    *("apply", "finetune", "evaluate", "export", "inspect"),
+    *("sweep", "train", "recipes", "demo"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from vdcompress.errors import DataError, ModelError, UsageError
-from vdcompress.evaluate import CHUNK, Bucket, count_windows, evaluate
+from vdcompress.evaluate import CHUNK, Bucket, count_windows, evaluate, evaluate_windows
 from vdcompress.events import Event, Progress
 
 VOCABULARY = 61
@@ -72,6 +72,25 @@ def plainly(model: Any, base: Any, tokens: Tensor, window: int, windows: int) ->
 
 def mean_exp(losses: list[float]) -> float:
     return math.exp(sum(losses) / len(losses))
+
+
+def test_separate_windows_agree_with_scoring_one_token_at_a_time(model: Any) -> None:
+    tokens = random_tokens(7 * 21).view(7, 21)
+    losses = [
+        [
+            -model(row[None, :-1]).logits[0].log_softmax(-1)[place, row[place + 1]].item()
+            for place in range(20)
+        ]
+        for row in tokens
+    ]
+    found = evaluate_windows(model, tokens, positions=(0, 4, 32), batch=3)
+    assert found.perplexity == pytest.approx(mean_exp([one for row in losses for one in row]))
+    assert (found.tokens, found.window) == (140, 20)
+    assert [(bucket.start, bucket.stop) for bucket in found.positions] == [(0, 4), (4, 20)]
+    first = mean_exp([one for row in losses for one in row[:4]])
+    assert found.positions[0].compressed == pytest.approx(first)
+    with pytest.raises(UsageError, match="not increasing edges"):
+        evaluate_windows(model, tokens, positions=(4, 4))
 
 
 @pytest.mark.parametrize(

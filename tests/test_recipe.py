@@ -13,8 +13,17 @@ import yaml
 from vdcompress.cli.options import Allocation, Refit, Target
 from vdcompress.errors import RecipeError
 from vdcompress.healing.settings import HealSettings
-from vdcompress.recipe import HealSection, PlanSection, Recipe, load_recipe, parse, shipped
+from vdcompress.recipe import (
+    HealSection,
+    PlanSection,
+    Recipe,
+    load_recipe,
+    parse,
+    shipped,
+)
 from vdcompress.request import ALLOCATIONS, TARGETS, Request
+from vdcompress.scratch.architecture import Architecture
+from vdcompress.scratch.section import ScratchSection
 
 NOT_IN_RECIPES = {"chunk_tokens"}
 
@@ -24,8 +33,8 @@ def test_every_shipped_recipe_is_sound_and_carries_its_file_name(name: str) -> N
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert recipe.model
-    assert not Request.of(**recipe.plan.model_dump()).empty
+    assert (recipe.model is None) == (recipe.scratch is not None)
+    assert recipe.scratch or not Request.of(**recipe.plan.model_dump()).empty
 
 
 def test_a_recipe_survives_being_written() -> None:
@@ -43,6 +52,16 @@ def test_the_heal_section_has_every_setting_with_its_default() -> None:
     for field in fields(HealSettings):
         if field.name not in NOT_IN_RECIPES:
             assert getattr(section, field.name) == getattr(HealSettings(), field.name)
+
+
+def test_the_scratch_section_has_every_size_with_its_default() -> None:
+    section = ScratchSection()
+    assert set(ScratchSection.model_fields) == {
+        *(field.name for field in fields(Architecture)),
+        *("tokenizer", "seed", "first_phase"),
+    }
+    for field in fields(Architecture):
+        assert getattr(section, field.name) == getattr(Architecture(), field.name)
 
 
 def test_the_plan_section_has_every_part_of_a_request() -> None:
@@ -67,6 +86,7 @@ def test_flags_offer_what_recipes_take() -> None:
     [
         ({"version": 1, "plan": {"target": "tgi"}}, "plan.target: input should be"),
         ({"version": 1, "plan": {"k_dims": 1}}, "did you mean 'k_dim'?"),
+        ({"version": 1, "scratch": {"hiden_size": 8}}, "did you mean 'hidden_size'?"),
         ({"version": 1, "calibraton": {}}, "unknown key 'calibraton', did you mean 'calibration'?"),
         (
             {"version": 1, "heal": {"learning_rat": 1}},

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from vdcompress.errors import UsageError
 from vdcompress.healing.settings import HealSettings, Train
 from vdcompress.modeling.latent import LatentAttention
-from vdcompress.modeling.layout import LayerLayout
 
 Group = Literal["latents", "attention", "body", "embeddings"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -25,8 +24,6 @@ _LEARNS: dict[str, tuple[Group, ...]] = {
     "body": GROUPS[:3],
     "all": GROUPS,
 }
-_V_SIDE = ("v_compress", "o_contract", "dense", "o_proj")
-_K_SIDE = ("q_proj", "k_proj", "q_expand", "k_compress")
 _ATTENTION = (".attention.", ".self_attn.")
 
 
@@ -54,18 +51,10 @@ def _made_by_compression(student: nn.Module) -> set[int]:
         id(parameter)
         for attention in student.modules()
         if isinstance(attention, LatentAttention)
-        for name in _changed(attention)
+        for name in attention.changed_projections()
         if (module := getattr(attention, name, None)) is not None
         for parameter in module.parameters()
     }
-
-
-def _changed(attention: LatentAttention) -> tuple[str, ...]:
-    """Return the projections of the sides that keep fewer dimensions than the base."""
-    layout: LayerLayout = attention.layout
-    full = attention.config.base_kv_heads * attention.config.base_head_dim
-    v_side = _V_SIDE if layout.v_dim < full else ()
-    return v_side + (_K_SIDE if layout.k_dim < full else ())
 
 
 def trained_names(student: PreTrainedModel, train: Train) -> list[str]:

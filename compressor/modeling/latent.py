@@ -14,6 +14,9 @@ from .attention import NAME as ATTENTION
 from .cache import LatentCache
 from .layout import LayerLayout
 
+V_SIDE = ("v_compress", "o_contract", "dense", "o_proj")
+K_SIDE = ("q_proj", "k_proj", "q_expand", "k_compress")
+
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
@@ -160,6 +163,12 @@ class LatentAttention(nn.Module):
         self.dense: Any
         self.o_proj: Any
         setattr(self, output_name, nn.Linear(heads * o_width, hidden, bias=bias["o"]))
+
+    def changed_projections(self) -> tuple[str, ...]:
+        """Return the projections of the sides that keep fewer dimensions than the base."""
+        full = self.config.base_kv_heads * self.config.base_head_dim
+        v_side = V_SIDE if self.layout.v_dim < full else ()
+        return v_side + (K_SIDE if self.layout.k_dim < full else ())
 
     def latents(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]

@@ -17,6 +17,7 @@ from vdcompress.recipe import Recipe
 
 if TYPE_CHECKING:
     from vdcompress.cache_size import CacheSize
+    from vdcompress.families import Family
     from vdcompress.load import BaseConfig
 
 SCHEMA = 1
@@ -57,22 +58,46 @@ def document(command: str, base: BaseConfig, plan: Plan, **found: Any) -> dict[s
         plan: what the cache keeps.
         found: further fields, in place of the nulls.
     """
-    described = {
+    return described(
+        command,
+        {"id": base.id, "revision": base.revision, "family": base.family.model_type},
+        plan,
+        parameters(base, plan),
+        **found,
+    )
+
+
+def described(
+    command: str, model: dict[str, Any], plan: Plan, counts: dict[str, int], **found: Any
+) -> dict[str, Any]:
+    """Return :func:`document` for a model that is described by what it is called and counts."""
+    known = {
         "schema": SCHEMA,
         "command": command,
-        "model": {"id": base.id, "revision": base.revision, "family": base.family.model_type},
+        "model": model,
         "plan": plan.to_json(),
-        "parameters": parameters(base, plan),
+        "parameters": counts,
         "kv_cache": kv_cache(plan),
         "cost": cost(plan),
     }
-    return described | dict.fromkeys(NULL) | found
+    return known | dict.fromkeys(NULL) | found
 
 
 def parameters(base: BaseConfig, plan: Plan) -> dict[str, int]:
     """Count parameters from configs alone, shared ones once."""
     family = base.family
     compressed = family.compressed_on_meta(base.config, plan)
+    return counted(family, family.base_on_meta(base.config), compressed)
+
+
+def parameters_of_base(base: BaseConfig) -> dict[str, int | None]:
+    """Count the base's parameters alone, where what it becomes is not known yet."""
+    count = _count(base.family.base_on_meta(base.config), lambda _name: True)
+    return {"base": count, "compressed": None, "v_path": None, "k_path": None}
+
+
+def counted(family: Family, base: Any, compressed: Any) -> dict[str, int]:
+    """Count the parameters of two models, and of the value and key paths of the second."""
     attentions = family.attention_modules(compressed)
 
     def path(*names: str) -> int:
@@ -81,7 +106,7 @@ def parameters(base: BaseConfig, plan: Plan) -> dict[str, int]:
         )
 
     return {
-        "base": _count(family.base_on_meta(base.config), lambda _name: True),
+        "base": _count(base, lambda _name: True),
         "compressed": _count(compressed, lambda _name: True),
         "v_path": path(*V_PATH, family.output_name),
         "k_path": path(*K_PATH),

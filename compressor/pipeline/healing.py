@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vdcompress import runs
-from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
-from vdcompress.errors import RunError
+from vdcompress.artifact import Compressed, load_artifact, write_artifact
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
-from vdcompress.healing import checkpoints, processes
+from vdcompress.healing import processes
 from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (
@@ -27,9 +24,10 @@ from vdcompress.pipeline.document import (
 )
 from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.opening import open_base_of
+from vdcompress.pipeline.partials import claim, save_state, saved_state, unless_empty
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
-from vdcompress.recipe import Recipe, parse
+from vdcompress.recipe import Recipe
 from vdcompress.report import model_card
 from vdcompress.rounding import round_weights
 
@@ -62,10 +60,7 @@ class Job:
 
     def save(self) -> None:
         """Write down what ``--resume`` must know."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Any] = {"version": 1, "run": str(self.run.resolve())}
-        state["recipe"] = self.recipe.model_dump(mode="json")
-        (self.partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        save_state(self.partial, STATE, self.recipe, run=str(self.run.resolve()))
 
     @classmethod
     def saved(cls, partial: Path) -> Job:
@@ -74,15 +69,8 @@ class Job:
         Raises:
             RunError: it is missing or damaged, or the run that it healed is gone.
         """
-        try:
-            state = json.loads((partial / STATE).read_text(encoding="utf-8"))
-            run, recipe = Path(state["run"]), parse(state["recipe"], f"recipe in {partial}")
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(
-                f"{partial} cannot be resumed: no readable {STATE}",
-                "delete it and start the finetune again",
-            ) from error
-        return cls(runs.resolve(run), recipe, runs.finished_of(partial), resume=True)
+        recipe, state = saved_state(partial, STATE)
+        return cls(runs.resolve(state["run"]), recipe, runs.finished_of(partial), resume=True)
 
 
 def new_job(
@@ -106,13 +94,7 @@ def new_job(
         RunError: ``output`` is taken, or a finetune of that name was interrupted.
     """
     job = Job(run, read_recipe(run).merged(overrides or {}), output or runs.new_healed(run, root))
-    require_free(job.output, force=force)
-    if job.partial.exists() and not force:
-        raise RunError(
-            f"{job.partial} holds an interrupted finetune",
-            f"continue it with: vdcompress finetune --resume {job.partial}",
-        )
-    shutil.rmtree(job.partial, ignore_errors=True)
+    claim(job.output, force=force)
     return job
 
 
@@ -162,7 +144,7 @@ def finetune_run(
         parent=str(job.run),
         kv_cache=fields["kv_cache"],
         **_beside(before, fields),
-        healing=_healing(healed),
+        healing=course(healed),
         gate=judged(job.recipe, measured.quality.ratio),
         seconds=timed.seconds,
         environment=environment(device, start_memory),
@@ -190,7 +172,7 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
     processes.shared(job.save)
     settings = heal_settings(job.recipe)
     steps = settings.total_steps(len(training))
-    with watch.stage("finetune", steps), _unless_empty(job.partial):
+    with watch.stage("finetune", steps), unless_empty(job.partial, job.partial):
         return heal(
             compressed.model,
             base.model if job.recipe.heal.distill else None,
@@ -201,17 +183,6 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
             resume=job.resume,
             on_event=on_event,
         )
-
-
-@contextmanager
-def _unless_empty(partial: Path) -> Iterator[None]:
-    """Keep what an interrupted block leaves in ``partial`` only if there is a checkpoint."""
-    try:
-        yield
-    except BaseException:
-        if processes.is_main() and checkpoints.newest(partial) is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _before(
@@ -241,7 +212,8 @@ def _beside(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return {"perplexity": perplexity, "positions": positions}
 
 
-def _healing(healed: Healed) -> dict[str, Any]:
+def course(healed: Healed) -> dict[str, Any]:
+    """Return how training went, epoch by epoch, as the document has it."""
     return {
         "best_epoch": healed.best_epoch,
         "initial_val_ppl": healed.initial_val_ppl,

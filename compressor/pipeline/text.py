@@ -64,13 +64,30 @@ def healing_windows(
             seed=section.seed,
             allow_fewer=True,
         )
-        if len(drawn) < count:
-            on_event(
-                Warned(f"{source.name} holds {len(drawn):,} sequences for {role}, not {count:,}")
-            )
-        return drawn
+        return _all_of(drawn, count, source, role, on_event)
 
     return draw("training", section.samples), draw("validation", section.validation_samples)
+
+
+def evaluation_windows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_event: OnEvent = ignore
+) -> Tensor:
+    """Draw windows that measure at random places, as healing's are drawn; [n, seq_len + 1].
+
+    Each has ``seq_len`` inputs and predicts as many tokens. A text that is too short for all of
+    them gives as many as it holds, with a warning.
+    """
+    section, source = recipe.evaluation, _measuring_source(recipe)
+    texts = documents(source, "evaluation", whole=not _also_trains(recipe))
+    drawn = draw_windows(
+        texts,
+        tokenizer,
+        count=section.windows,
+        length=section.seq_len + 1,
+        seed=recipe.heal.seed,
+        allow_fewer=True,
+    )
+    return _all_of(drawn, section.windows, source, "evaluation", on_event)
 
 
 def evaluation_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -80,7 +97,7 @@ def evaluation_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ten
         DataError: fewer than one window.
     """
     section = recipe.evaluation
-    source = Source.parse(evaluation_data(recipe), field=recipe.text_field)
+    source = _measuring_source(recipe)
     texts = documents(source, "evaluation", whole=not _also_trains(recipe))
     tokens = tokenise(texts, tokenizer, limit=section.windows * section.seq_len + 1)
     if len(tokens) <= section.seq_len:
@@ -95,6 +112,17 @@ def evaluation_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Ten
 def evaluation_data(recipe: Recipe) -> str:
     """Return what the evaluation reads."""
     return recipe.evaluation.data or recipe.calibration.data
+
+
+def _measuring_source(recipe: Recipe) -> Source:
+    return Source.parse(evaluation_data(recipe), field=recipe.text_field)
+
+
+def _all_of(drawn: Tensor, count: int, source: Source, role: Role, on_event: OnEvent) -> Tensor:
+    """Return what was drawn, with a warning where it is fewer than ``count``."""
+    if len(drawn) < count:
+        on_event(Warned(f"{source.name} holds {len(drawn):,} sequences for {role}, not {count:,}"))
+    return drawn
 
 
 def _also_trains(recipe: Recipe) -> bool:

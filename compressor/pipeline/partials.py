@@ -1,0 +1,64 @@
+"""What a run that is under way leaves on disk, so that it can be continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vdcompress import runs
+from vdcompress.artifact import require_free
+from vdcompress.errors import RunError
+from vdcompress.healing import checkpoints, processes
+from vdcompress.recipe import Recipe, parse
+
+
+def claim(output: Path, *, force: bool) -> None:
+    """See that a run may be written to ``output``, and that none that would be is under way.
+
+    Raises:
+        RunError: it is taken, or a run of that name was interrupted; ``force`` replaces both.
+    """
+    require_free(output, force=force)
+    partial = runs.partial_of(output)
+    if partial.exists() and not force:
+        raise RunError(
+            f"{partial} holds an interrupted run", f"continue it with: {runs.resuming(partial)}"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_state(partial: Path, name: str, recipe: Recipe, **more: str) -> None:
+    """Write down what ``--resume`` must know: the recipe, and whatever else a command needs."""
+    partial.mkdir(parents=True, exist_ok=True)
+    state = {"version": 1, **more, "recipe": recipe.model_dump(mode="json")}
+    (partial / name).write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def saved_state(partial: Path, name: str) -> tuple[Recipe, dict[str, Any]]:
+    """Read what :func:`save_state` wrote.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        state = json.loads((partial / name).read_text(encoding="utf-8"))
+        return parse(state["recipe"], f"recipe in {partial}"), state
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{partial} cannot be resumed: no readable {name}", "delete it and start again"
+        ) from error
+
+
+@contextmanager
+def unless_empty(partial: Path, *folders: Path) -> Iterator[None]:
+    """Keep what an interrupted block leaves in ``partial`` only if a folder has a checkpoint."""
+    try:
+        yield
+    except BaseException:
+        if processes.is_main() and not any(map(checkpoints.newest, folders)):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise

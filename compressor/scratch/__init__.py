@@ -1,0 +1,1 @@
+"""Models that begin at random and are only compared with: no command compresses to them."""

@@ -15,6 +15,8 @@ from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.errors import UsageError
 
+MACHINE = "Machine"
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -28,6 +30,7 @@ def finetune(
         bool,
         typer.Option("--resume", help="Continue the finetune that was interrupted last."),
     ] = False,
+    recipe: o.RecipeName = None,
     distill: Annotated[
         bool | None,
         typer.Option(
@@ -59,10 +62,61 @@ def finetune(
         int | None,
         typer.Option(min=1, rich_help_panel=o.HEALING, help="Sequences in a step."),
     ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=o.HEALING, help="At most so many, of all epochs."),
+    ] = None,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            rich_help_panel=o.HEALING,
+            help="Compute in bfloat16; left out, on CUDA alone.",
+            show_default=False,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=MACHINE,
+            help="Sequences in a forward pass; a step's other ones are accumulated.",
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            rich_help_panel=MACHINE,
+            help="Less memory, more time.",
+        ),
+    ] = False,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=MACHINE,
+            help="Steps between checkpoints, beside the one after each epoch.",
+        ),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=MACHINE,
+            help="tensorboard, trackio, wandb: logs go into the run's folder; repeatable.",
+        ),
+    ] = None,
     data: o.DataText = None,
     eval_data: o.EvalData = None,
     text_field: o.TextField = None,
     samples: o.Samples = None,
+    validation_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=o.DATA, help="Held-out sequences that decide when to stop."
+        ),
+    ] = None,
     seq_len: o.SeqLen = None,
     windows: o.Windows = None,
     positions: o.Positions = None,
@@ -77,7 +131,13 @@ def finetune(
 ) -> None:
     """Heal a run with a short finetune.
 
-    The result is a new run beside it. Ctrl-C keeps the checkpoints, --resume continues from them.
+    The result is a new run beside it, with its curves drawn in curves.png.
+    Ctrl-C keeps the checkpoints, --resume continues from them.
+
+    Of a recipe it takes heal, evaluation and gate; what is not said there is
+    as in the recipe of the run.
+
+    On two GPUs: torchrun --nproc-per-node 2 -m vdcompress.cli finetune --device cuda
     """
     kept = Checkpoints()
     with session(Flags(json, quiet, verbose, debug), kept) as out:
@@ -89,8 +149,15 @@ def finetune(
             "heal.patience": patience,
             "heal.learning_rate": learning_rate,
             "heal.batch_size": batch_size,
+            "heal.max_steps": max_steps,
+            "heal.micro_batch": micro_batch,
+            "heal.gradient_checkpointing": gradient_checkpointing or None,
+            "heal.bf16": bf16,
+            "heal.save_steps": save_steps,
+            "heal.report_to": report_to or None,
             "heal.data": data,
             "heal.samples": samples,
+            "heal.validation_samples": validation_samples,
             "heal.seq_len": seq_len,
             "heal.seed": seed,
             "evaluation.data": eval_data,
@@ -100,15 +167,18 @@ def finetune(
         from vdcompress import runs
         from vdcompress.healing import processes
         from vdcompress.pipeline import healing
+        from vdcompress.recipe import load_recipe
 
         where = resolve_device(device)
         if resume:
-            _require_alone(overrides, output)
+            _require_alone(overrides | {"recipe": recipe, "output": output})
 
         def job_of_all() -> healing.Job:
             if resume:
                 return healing.Job.saved(runs.resolve_partial(run))
-            return healing.new_job(runs.resolve(run), overrides, output=output, force=force)
+            said = None if recipe is None else load_recipe(recipe)
+            found = runs.resolve(run)
+            return healing.new_job(found, overrides, recipe=said, output=output, force=force)
 
         processes.begin(where)
         job = processes.shared(job_of_all)
@@ -136,10 +206,9 @@ class Checkpoints:
         )
 
 
-def _require_alone(overrides: dict[str, Any], output: Path | None) -> None:
+def _require_alone(settings: dict[str, Any]) -> None:
     """Refuse settings beside ``--resume``, which continues with those it was begun with."""
-    given = [name.split(".")[-1] for name, value in overrides.items() if value is not None]
-    given += ["output"] if output else []
+    given = [name.split(".")[-1] for name, value in settings.items() if value is not None]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(

@@ -196,6 +196,16 @@ def change(before: float | None, after: float | None) -> str:
     return NONE if not before or after is None else _percent(after / before - 1)
 
 
+def duration(seconds: float | None) -> str:
+    """Return a time in the two units that matter, or a dash."""
+    if seconds is None:
+        return NONE
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def _front_matter(base_id: str, family: str) -> str:
     hub = base_id.count("/") == 1 and base_id[0] not in "./~"
     base = [f"base_model: {base_id}"] if hub else []

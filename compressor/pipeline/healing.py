@@ -16,6 +16,7 @@ from vdcompress.errors import RunError
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
 from vdcompress.healing import checkpoints, processes
+from vdcompress.healing.trackers import require
 from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (
@@ -29,6 +30,7 @@ from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.opening import open_base_of
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
+from vdcompress.plots_healing import pictures
 from vdcompress.recipe import Recipe, parse
 from vdcompress.report import model_card
 from vdcompress.rounding import round_weights
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE = "finetune.json"
+LOGS = "logs"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def new_job(
     run: Path,
     overrides: Mapping[str, Any] | None = None,
     *,
+    recipe: Recipe | None = None,
     output: Path | None = None,
     force: bool = False,
     root: Path = runs.ROOT,
@@ -97,15 +101,21 @@ def new_job(
 
     Args:
         run: a finished run; it is left as it is.
-        overrides: settings in place of the run's own recipe, such as ``heal.epochs``.
+        overrides: settings that beat both recipes, such as ``heal.epochs``.
+        recipe: what it says about healing and measuring beats the run's own recipe.
         output: the folder to write; None takes a new one under ``root``.
         force: replace what is in ``output``, and an interrupted finetune that would become it.
         root: the folder of all runs.
 
     Raises:
         RunError: ``output`` is taken, or a finetune of that name was interrupted.
+        UsageError: a value is out of range, or a tracker is not there.
     """
-    job = Job(run, read_recipe(run).merged(overrides or {}), output or runs.new_healed(run, root))
+    own = read_recipe(run)
+    merged = (own if recipe is None else own.healed_as(recipe)).merged(overrides or {})
+    job = Job(run, merged, output or runs.new_healed(run, root))
+    heal_settings(merged).validate()
+    require(merged.heal.report_to)
     require_free(job.output, force=force)
     if job.partial.exists() and not force:
         raise RunError(
@@ -174,6 +184,7 @@ def finetune_run(
             results=results,
             recipe=job.recipe.dumps(),
             card=model_card(results),
+            attached=pictures(results) | _logs(job.partial),
             force=force,
         )
     shutil.rmtree(job.partial, ignore_errors=True)
@@ -199,6 +210,7 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
             settings,
             checkpoints=job.partial,
             resume=job.resume,
+            report_to=job.recipe.heal.report_to,
             on_event=on_event,
         )
 
@@ -239,6 +251,11 @@ def _beside(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "healed": new["compressed"],
     }
     return {"perplexity": perplexity, "positions": positions}
+
+
+def _logs(partial: Path) -> dict[str, bytes | Path]:
+    """Return what trackers wrote beside the checkpoints, to be kept with the run."""
+    return {LOGS: partial / LOGS} if (partial / LOGS).is_dir() else {}
 
 
 def _healing(healed: Healed) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.table import Table
 from vdcompress.events import EpochEnded, HealingBegan
 from vdcompress.report import duration
 
-TAKEN = 9  # lines of a terminal that are not rows: rule, header, gap, bars, prompt
+TAKEN = 9  # lines of a terminal that are not rows: header, rule, start, gaps, bars, prompt
 FEWEST = 3
 
 
@@ -29,7 +29,7 @@ class EpochTable:
 
     def drawn(self, height: int | None = None) -> Table:
         """Draw it, in a terminal of so many lines only the last epochs that fit."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table = Table(box=box.SIMPLE_HEAD)
         for name in ("epoch", "train ppl", "val ppl", "change", "tokens/s", "time"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("")

@@ -198,8 +198,10 @@ class Checkpoints:
 
     def __call__(self) -> tuple[str, str]:
         """Say it."""
-        if self.partial is None or not self.partial.is_dir():
+        if self.partial is None:
             return "nothing was written", ""
+        if not self.partial.is_dir():
+            return "nothing was written yet; --save-steps N keeps more than each epoch's end", ""
         return (
             f"checkpoints are kept in {self.partial}",
             f"continue with: vdcompress finetune --resume {self.partial}",

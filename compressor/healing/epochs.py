@@ -74,6 +74,7 @@ class Epochs(TrainerCallback, ExportableState):
     def __init__(self, trainer: HealTrainer, steps_per_epoch: int) -> None:
         self.trainer = trainer
         self.steps_per_epoch = steps_per_epoch
+        self.note = ""
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this callback."""
@@ -98,11 +99,12 @@ class Epochs(TrainerCallback, ExportableState):
         self.trainer.epoch_clock.begin(self.trainer.record.epoch_seconds)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the loss now and then, and save within an epoch where that is asked for."""
+        """Tell of each step, look at the loss now and then, save where that is asked for."""
         del args, kwargs
         step = state.global_step
-        if step % LOOK_EVERY == 0:
-            self.trainer.on_event(Progress(STAGE, step, self._note()))
+        if step % LOOK_EVERY == 0 or not self.note:
+            self.note = self._note()
+        self.trainer.on_event(Progress(STAGE, step, self.note))
         every = self.trainer.settings.save_steps
         ends_epoch = step % self.steps_per_epoch == 0 or step >= state.max_steps
         if every and step % every == 0 and not ends_epoch:
@@ -126,6 +128,7 @@ class Epochs(TrainerCallback, ExportableState):
         record.tokens_seen += tokens
         seconds = round(trainer.epoch_clock.seconds, 3)
         record.epoch_seconds = 0.0
+        self.note = ""
         loss = trainer.validation_loss()
         epoch = len(record.history) + 1
         better = loss < record.best_loss

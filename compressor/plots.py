@@ -24,6 +24,8 @@ MARKERS = "osD^vPX<>p*h"
 GREY = "0.35"
 WIDE = 1.3
 ROOM = 0.04
+# of the ticks of a logarithmic axis: where it spans more than so many times, these digits
+DIGITS = ((200, (1,)), (8, (1, 2, 5)), (4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
 
 
 def sweep(found: Document) -> bytes:
@@ -160,10 +162,11 @@ def _ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
     low, high = limits
     if high / low > 4:
+        digits = next(digits for above, digits in DIGITS if high / low > above)
         ticks = [
             digit * 10.0**power
             for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            for digit in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+            for digit in digits
         ]
     else:
         ticks = list(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Results = Mapping[str, Any]
 
 CURVES = "curves.png"
-SIZE = (7.2, 4.4)
+SIZE = (7.2, 5.2)
 
 
 def pictures(results: Results) -> dict[str, bytes]:
@@ -24,7 +24,10 @@ def pictures(results: Results) -> dict[str, bytes]:
 
 
 def curves(results: Results) -> bytes:
-    """Draw training and validation perplexity by epoch; the weights kept are marked.
+    """Draw validation and training perplexity by epoch; the weights that were kept are ringed.
+
+    Each has a panel and a scale of its own: what healing gains is often less than what lies
+    between the two texts.
 
     Args:
         results: of a run that was healed for one epoch or more.
@@ -37,40 +40,38 @@ def curves(results: Results) -> bytes:
 
     healing = results["healing"]
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    numbers = [epoch["epoch"] for epoch in healing["epochs"]]
-    trained = [epoch["train_ppl"] for epoch in healing["epochs"]]
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    epochs = [epoch["epoch"] for epoch in healing["epochs"]]
     held_out = [healing["initial_val_ppl"], *(epoch["val_ppl"] for epoch in healing["epochs"])]
-    axes.plot(numbers, trained, marker="s", markersize=4, color="C1", label="training")
-    axes.plot([0, *numbers], held_out, marker="o", markersize=5, color="C0", label="validation")
-    scale(axes.yaxis)
-    _mark(axes, healing["best_epoch"], held_out)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch (0 is the start)")
-    axes.set_ylabel("perplexity")
-    axes.set_title(_title(results), fontsize=10)
-    axes.grid(visible=True, linewidth=0.4, alpha=0.6)
-    axes.legend(fontsize=8, frameon=False)
+    trained = [epoch["train_ppl"] for epoch in healing["epochs"]]
+    above.plot([0, *epochs], held_out, marker="o", markersize=5, color="C0")
+    below.plot(epochs, trained, marker="s", markersize=5, color="C1")
+    _ring(above, healing["best_epoch"], held_out)
+    for axes, name in ((above, "validation"), (below, "training")):
+        scale(axes.yaxis)
+        axes.set_ylabel(f"{name}\nperplexity")
+        axes.axvline(healing["best_epoch"], color=GREY, linewidth=0.8, linestyle=":")
+        axes.grid(visible=True, linewidth=0.4, alpha=0.6)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.set_xlabel("epoch (0 is the start)")
+    above.set_title(_title(results), fontsize=10)
     return png(figure)
 
 
-def _mark(axes: Axes, best: int, held_out: list[float]) -> None:
+def _ring(axes: Axes, best: int, held_out: list[float]) -> None:
     """Ring the epoch whose weights were kept, and say its perplexity."""
-    value = held_out[best]
-    axes.axvline(best, color=GREY, linewidth=0.8, linestyle=":")
+    kept = "the start" if best == 0 else f"epoch {best}"
     axes.plot(
         [best],
-        [value],
+        [held_out[best]],
         linestyle="none",
         marker="o",
         markersize=12,
         markerfacecolor="none",
-        markeredgecolor="C0",
+        markeredgecolor=GREY,
+        label=f"kept: {kept}, {held_out[best]:.2f}",
     )
-    name = "the start" if best == 0 else f"epoch {best}"
-    axes.annotate(
-        f"kept: {name}, {value:.2f}", (best, value), (9, 9), textcoords="offset points", fontsize=8
-    )
+    axes.legend(fontsize=9, framealpha=1, edgecolor="none", loc="upper right")
 
 
 def _title(results: Results) -> str:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-COMMANDS = ("apply", "finetune", "evaluate", "export", "inspect", "sweep", "recipes", "demo")
+COMMANDS = (
+    "apply",
+    "finetune",
+    "evaluate",
+    "compare",
+    "export",
+    "inspect",
+    "sweep",
+    "recipes",
+    "demo",
+)
 USAGE = 2
 
 app = typer.Typer(

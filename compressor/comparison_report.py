@@ -48,7 +48,7 @@ def _cache(entries: Sequence[Entry]) -> Table:
         )
         for entry in entries
     )
-    header = ("run", "parameters", "of the base", "compressed", "change")
+    header = ("run", "parameters", "base", "compressed", "change")
     return Table("parameters, and bytes per token of the cache", header, rows)
 
 
@@ -94,5 +94,5 @@ def _making(entries: Sequence[Entry]) -> Table:
             best = f"{healing['best_epoch']} of {healing['epochs']}"
             cells = (count(healing["tokens"]), best, duration(healing["seconds"]))
         rows.append((entry["name"], *cells, duration(entry["seconds"])))
-    header = ("run", "tokens healed with", "best epoch", "training", "all of it")
-    return Table("how they were made", header, tuple(rows))
+    header = ("run", "tokens", "best epoch", "training", "in all")
+    return Table("how they were healed, and how long it took", header, tuple(rows))

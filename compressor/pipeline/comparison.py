@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,19 @@ def compare_runs(folders: Sequence[Path], *, on_event: OnEvent = ignore) -> Json
 
 
 def labels(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return a short name for each folder that no other has: without time, whole, or the path."""
-    for name in (runs.label, _name, str):
-        found = {folder: name(folder) for folder in folders}
-        if len(set(found.values())) == len(folders):
-            break
-    return found
+    """Return for each folder the shortest name that no other has: without times, its own, or all.
+
+    ``runs/pythia-70m-v320-20260131-142210-healed-20260131-150000`` is ``pythia-70m-v320-healed``,
+    with its last time behind it where two are alike.
+    """
+    forms = [
+        (runs.bare(path), runs.timed(path), path.resolve().name, str(path)) for path in folders
+    ]
+    taken = [Counter(names) for names in zip(*forms, strict=True)]
+    return {
+        path: next((n for n, others in zip(names, taken, strict=True) if others[n] == 1), names[-1])
+        for path, names in zip(folders, forms, strict=True)
+    }
 
 
 def differences(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -81,10 +89,6 @@ def _drifted(measured: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _base(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     return entry["model"]["id"], entry["model"]["revision"]
-
-
-def _name(folder: Path) -> str:
-    return folder.resolve().name
 
 
 def _entry(folder: Path, name: str) -> Json:

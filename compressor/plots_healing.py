@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vdcompress.plots import DPI, GREY, png, scale
-from vdcompress.report import duration
+from vdcompress.report import CURVES, duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Results = Mapping[str, Any]
 
-CURVES = "curves.png"
 SIZE = (7.2, 5.2)
 
 

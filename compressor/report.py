@@ -10,6 +10,7 @@ T = TypeVar("T")
 Results = Mapping[str, Any]
 Form = Callable[[float | None], str]
 NONE = "-"
+CURVES = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def model_card(results: Results) -> str:
         parts.append(_gate_line(gate))
     if (table := positions(results)) is not None:
         parts += ["## Perplexity by position", table.markdown()]
+    if (results.get("healing") or {}).get("epochs"):
+        parts += ["## Healing", f"![Perplexity by epoch]({CURVES})"]
     parts += [
         "## What the cache keeps",
         layers(plan).markdown(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -176,6 +177,69 @@ def test_the_logs_of_trackers_are_kept_with_the_run(
     expected = [epoch["val_ppl"] for epoch in epochs]
     assert [scalar.value for scalar in logged] == pytest.approx(expected, rel=1e-5)
     assert not Path("healed.partial").exists()
+
+
+# What goes wrong
+
+
+def test_text_that_is_missing_is_told_before_anything_is_measured(
+    vdcompress: Vdcompress, tiny_run: Path, text_file: Path
+) -> None:
+    Path("empty.txt").write_text("\n")
+
+    ended = vdcompress("finetune", tiny_run, "--data", "empty.txt", "--eval-data", text_file)
+
+    assert_refused(ended, 3, "empty.txt holds no text")
+    assert "evaluate" not in ended.err
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_that_cannot_be_written_is_finished_from_its_checkpoint(
+    vdcompress: Vdcompress, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("vdcompress.artifact.save_torch_state_dict", full)
+        ended = vdcompress("finetune", tiny_run, *HEAL, "-o", "out/healed")
+    assert ended.code == 3
+    assert "No space left" in ended.err
+    assert "--resume out/healed.partial" in ended.err
+    assert [path.name for path in Path("out").iterdir()] == ["healed.partial"]
+
+    resumed = vdcompress("finetune", "--resume", "out/healed.partial")
+
+    assert resumed.code == 0, resumed.err
+    assert "Epoch" not in resumed.err  # nothing was trained again
+    assert [path.name for path in Path("out").iterdir()] == ["healed"]
+
+
+def test_without_room_for_anything_nothing_is_left(
+    vdcompress: Vdcompress, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vdcompress.artifact.save_torch_state_dict", full)
+    monkeypatch.setattr("vdcompress.healing.trainer.save_file", full)
+
+    ended = vdcompress("finetune", tiny_run, *HEAL, "-o", "out/healed")
+
+    assert "could not be saved: [Errno 28] No space left on device" in ended.err
+    assert_refused(ended, 3, "No space left")
+    assert "checkpoints are kept" not in ended.err
+
+
+def test_a_full_disk_under_torchs_writer_is_told_in_words(
+    vdcompress: Vdcompress, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unclear(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 4")
+
+    monkeypatch.setattr("torch.save", unclear)
+
+    ended = vdcompress("finetune", tiny_run, *HEAL, "--epochs", "1")
+
+    assert ended.code == 0, ended.err
+    assert "could not be saved: a file could not be written whole" in ended.err
 
 
 # On a terminal

@@ -251,4 +251,7 @@ class HealTrainer(Trainer):
 
 
 def _reason(error: BaseException) -> str:
+    """Return an error's first line; torch's own for a full disk speaks of positions in a file."""
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "a file could not be written whole, is there space left on the disk?"
     return (str(error).strip().splitlines() or ["unknown"])[0]

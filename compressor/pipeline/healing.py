@@ -153,55 +153,59 @@ def finetune_run(
         base = open_base_of(compressed, device)
     job = replace(job, recipe=settle(job.recipe, base.config, timed))
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
+    windows = _read(job, compressed, timed)
     before = _before(job, compressed, base, tokens, timed) if processes.is_main() else {}
-    healed = _heal(job, compressed, base, timed)
-    processes.end()
-    if not processes.is_main():
-        return {}
-    if healed.best_epoch == 0:
-        start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
-        on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
-    round_weights(compressed.model, compressed.dtype)
-    measured = measure(compressed, base, tokens, job.recipe, timed)
-    fields = measured.fields(compressed.plan, job.recipe)
-    results = document(
-        "finetune",
-        base,
-        compressed.plan,
-        run=str(job.output),
-        parent=str(job.run),
-        kv_cache=fields["kv_cache"],
-        **_beside(before, fields),
-        healing=_healing(healed),
-        gate=judged(job.recipe, measured.quality.ratio),
-        seconds=timed.seconds,
-        environment=environment(device, start_memory),
-    )
-    with Stopwatch(timed).stage("write"):
-        write_artifact(
-            job.output,
-            compressed,
-            results=results,
-            recipe=job.recipe.dumps(),
-            card=model_card(results),
-            attached=pictures(results) | _logs(job.partial),
-            force=force,
+    with _unless_empty(job.partial):
+        healed = _heal(job, compressed, base, windows, timed)
+        processes.end()
+        if not processes.is_main():
+            return {}
+        if healed.best_epoch == 0:
+            start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
+            on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
+        round_weights(compressed.model, compressed.dtype)
+        measured = measure(compressed, base, tokens, job.recipe, timed)
+        fields = measured.fields(compressed.plan, job.recipe)
+        results = document(
+            "finetune",
+            base,
+            compressed.plan,
+            run=str(job.output),
+            parent=str(job.run),
+            kv_cache=fields["kv_cache"],
+            **_beside(before, fields),
+            healing=_healing(healed),
+            gate=judged(job.recipe, measured.quality.ratio),
+            seconds=timed.seconds,
+            environment=environment(device, start_memory),
         )
+        with Stopwatch(timed).stage("write"):
+            _write(job, compressed, results, force=force)
     shutil.rmtree(job.partial, ignore_errors=True)
     return results
 
 
-def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> Healed:
-    """Train; the model is changed in place."""
-    watch = Stopwatch(on_event)
-    with watch.stage("read text"):
-        training, validation = processes.shared(
+def _read(job: Job, compressed: Compressed, on_event: OnEvent) -> tuple[Tensor, Tensor]:
+    """Return the sequences that train and those that decide when to stop, in all processes."""
+    with Stopwatch(on_event).stage("read text"):
+        return processes.shared(
             lambda: text.healing_windows(job.recipe, compressed.tokenizer, on_event)
         )
+
+
+def _heal(
+    job: Job,
+    compressed: Compressed,
+    base: Base,
+    windows: tuple[Tensor, Tensor],
+    on_event: OnEvent,
+) -> Healed:
+    """Train; the model is changed in place."""
+    training, validation = windows
     processes.shared(job.save)
     settings = heal_settings(job.recipe)
     steps = settings.total_steps(len(training))
-    with watch.stage("finetune", steps), _unless_empty(job.partial):
+    with Stopwatch(on_event).stage("finetune", steps):
         return heal(
             compressed.model,
             base.model if job.recipe.heal.distill else None,
@@ -213,6 +217,20 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
             report_to=job.recipe.heal.report_to,
             on_event=on_event,
         )
+
+
+def _write(job: Job, compressed: Compressed, results: dict[str, Any], *, force: bool) -> None:
+    """Write the run, with its curves, and with what trackers wrote beside the checkpoints."""
+    logs = job.partial / LOGS
+    write_artifact(
+        job.output,
+        compressed,
+        results=results,
+        recipe=job.recipe.dumps(),
+        card=model_card(results),
+        attached=pictures(results) | ({LOGS: logs} if logs.is_dir() else {}),
+        force=force,
+    )
 
 
 @contextmanager
@@ -251,11 +269,6 @@ def _beside(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "healed": new["compressed"],
     }
     return {"perplexity": perplexity, "positions": positions}
-
-
-def _logs(partial: Path) -> dict[str, bytes | Path]:
-    """Return what trackers wrote beside the checkpoints, to be kept with the run."""
-    return {LOGS: partial / LOGS} if (partial / LOGS).is_dir() else {}
 
 
 def _healing(healed: Healed) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -286,18 +286,17 @@ class Launcher:
     """How the program is started.
 
     Attributes:
-        processes: one is started without a launcher.
+        through: the module that starts several processes, with its options; empty for one.
         environment: of all of them.
     """
 
-    processes: int
-    environment: dict[str, str]
+    through: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        several = ("torch.distributed.run", "--nproc-per-node", str(self.processes), "-m")
-        module = (*several, "vdcompress.cli") if self.processes > 1 else ("vdcompress.cli",)
+        several = ("-m", *self.through) if self.through else ()
         return subprocess.Popen(
-            [sys.executable, "-m", *module, "finetune", *map(str, arguments)],
+            [sys.executable, *several, "-m", "vdcompress.cli", "finetune", *map(str, arguments)],
             env=os.environ | self.environment | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -310,12 +309,20 @@ class Launcher:
         return conftest.Ended(process.returncode, out, err)
 
 
-DATA_PARALLEL, SHARDED = Launcher(COUNT, {}), Launcher(COUNT, FSDP)
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", str(COUNT))
+ACCELERATE = ("accelerate.commands.launch", "--num_processes", str(COUNT))
+SHARDS_OF_ACCELERATE = (*ACCELERATE, "--use_fsdp", "--fsdp_version", "2")
+LAUNCHERS = {
+    "data parallel": Launcher(TORCHRUN),
+    "sharded": Launcher(TORCHRUN, FSDP),
+    "accelerate, data parallel": Launcher((*ACCELERATE, "--cpu")),
+    "accelerate, sharded": Launcher(SHARDS_OF_ACCELERATE, {"ACCELERATE_USE_CPU": "true"}),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [DATA_PARALLEL, SHARDED], ids=["data parallel", "sharded"])
-def test_the_program_under_torchrun_writes_and_prints_once(
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_the_program_under_a_launcher_writes_and_prints_once(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -338,7 +345,7 @@ def test_the_program_under_torchrun_writes_and_prints_once(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [Launcher(1, {}), DATA_PARALLEL, SHARDED],
+    [Launcher(), LAUNCHERS["data parallel"], LAUNCHERS["sharded"]],
     ids=["one process", "data parallel", "sharded"],
 )
 def test_the_program_killed_at_any_step_and_resumed_is_never_killed(

@@ -299,7 +299,7 @@ def _attach(folder: Path, attached: Mapping[str, bytes | Path]) -> None:
         if isinstance(found, bytes):
             (folder / name).write_bytes(found)
         else:
-            shutil.copytree(found, folder / name)
+            shutil.copytree(found, folder / name, ignore_dangling_symlinks=True)
 
 
 def _copy_code(folder: Path, compressed: Compressed) -> None:

@@ -134,7 +134,7 @@ def heal(
     with (
         _only_these_train(student, names, settings),
         _beside_its_teacher(student, teacher, settings) as distilled,
-        logging_to(logs or checkpoints / "logs"),
+        logging_to(logs or checkpoints / "logs", report_to),
     ):
         trainer = HealTrainer(
             distilled,

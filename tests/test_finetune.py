@@ -6,7 +6,10 @@ import errno
 import importlib.util
 import io
 import json
+import os
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from test_bad_input import assert_refused
 from vdcompress.cli.epochs import EpochTable
 from vdcompress.cli.progress import Display
 from vdcompress.events import EpochEnded, HealingBegan, StageEnded, StageStarted
+from vdcompress.healing.trackers import logging_to
 from vdcompress.plots_healing import curves
 from vdcompress.recipe import Recipe, load_recipe
 
@@ -177,6 +181,38 @@ def test_the_logs_of_trackers_are_kept_with_the_run(
     expected = [epoch["val_ppl"] for epoch in epochs]
     assert [scalar.value for scalar in logged] == pytest.approx(expected, rel=1e-5)
     assert not Path("healed.partial").exists()
+
+
+class Tracked:
+    """A run of wandb that knows whether it was finished."""
+
+    finished = False
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_trackers_have_finished_before_their_logs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = types.ModuleType("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    begun, callers_own = Tracked(), Tracked()
+
+    with logging_to(tmp_path / "logs", ["wandb"]):
+        assert os.environ["WANDB_DIR"] == str(tmp_path / "logs")
+        assert (tmp_path / "logs").is_dir()
+        wandb.run = begun  # type: ignore[attr-defined]
+    wandb.run = callers_own  # type: ignore[attr-defined]
+    with logging_to(tmp_path / "others", ["wandb"]):
+        pass
+    with logging_to(tmp_path / "none", []):
+        assert "WANDB_DIR" not in os.environ
+
+    assert begun.finished
+    assert not callers_own.finished
+    assert not (tmp_path / "none").exists()
 
 
 # What goes wrong

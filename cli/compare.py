@@ -23,7 +23,7 @@ def compare(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN]...",
+            metavar="RUN",
             help="Run folders or exported ones; left out, all finished runs under ./runs.",
         ),
     ] = None,

@@ -166,26 +166,27 @@ def finetune(
         }
         from vdcompress import runs
         from vdcompress.healing import processes
-        from vdcompress.pipeline import healing
+        from vdcompress.pipeline.healing import finetune_run
+        from vdcompress.pipeline.healing_job import Job, new_job
         from vdcompress.recipe import load_recipe
 
         where = resolve_device(device)
         if resume:
             _require_alone(overrides | {"recipe": recipe, "output": output})
 
-        def job_of_all() -> healing.Job:
+        def job_of_all() -> Job:
             if resume:
-                return healing.Job.saved(runs.resolve_partial(run))
+                return Job.saved(runs.resolve_partial(run))
             said = None if recipe is None else load_recipe(recipe)
             found = runs.resolve(run)
-            return healing.new_job(found, overrides, recipe=said, output=output, force=force)
+            return new_job(found, overrides, recipe=said, output=output, force=force)
 
         processes.begin(where)
         job = processes.shared(job_of_all)
         if run is None:
             out.note(f"run: {job.run}")
         kept.partial = job.partial
-        results = healing.finetune_run(job, force=force, device=where, on_event=out.display)
+        results = finetune_run(job, force=force, device=where, on_event=out.display)
         if processes.is_main():
             show_run(out, results, f"next: vdcompress export {results['run']}")
 

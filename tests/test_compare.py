@@ -14,7 +14,8 @@ from conftest import Vdcompress
 from test_bad_input import assert_refused
 from vdcompress import comparison_report, plots_comparison
 from vdcompress.pipeline.comparison import compare_runs, labels
-from vdcompress.pipeline.healing import finetune_run, new_job
+from vdcompress.pipeline.healing import finetune_run
+from vdcompress.pipeline.healing_job import new_job
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NULLABLE = ("command", "parent", "parameters", "perplexity", "positions", "healing", "gate")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vdcompress import runs
-from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
-from vdcompress.errors import RunError
+from vdcompress.artifact import Compressed, load_artifact, write_artifact
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
 from vdcompress.healing import checkpoints, processes
-from vdcompress.healing.trackers import require
 from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import (
@@ -26,104 +22,19 @@ from vdcompress.pipeline.document import (
     judged,
     peak_memory,
 )
+from vdcompress.pipeline.healing_job import Job
 from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.opening import open_base_of
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.plots_healing import pictures
-from vdcompress.recipe import Recipe, parse
 from vdcompress.report import model_card
 from vdcompress.rounding import round_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE = "finetune.json"
 LOGS = "logs"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A finetune that is to be done or to be continued.
-
-    Attributes:
-        run: what is healed.
-        recipe: how.
-        output: the run that it becomes; checkpoints are in ``<output>.partial`` until then.
-        resume: whether it was begun before.
-    """
-
-    run: Path
-    recipe: Recipe
-    output: Path
-    resume: bool = False
-
-    @property
-    def partial(self) -> Path:
-        """Where checkpoints are kept."""
-        return runs.partial_of(self.output)
-
-    def save(self) -> None:
-        """Write down what ``--resume`` must know."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Any] = {"version": 1, "run": str(self.run.resolve())}
-        state["recipe"] = self.recipe.model_dump(mode="json")
-        (self.partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-
-    @classmethod
-    def saved(cls, partial: Path) -> Job:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            RunError: it is missing or damaged, or the run that it healed is gone.
-        """
-        try:
-            state = json.loads((partial / STATE).read_text(encoding="utf-8"))
-            run, recipe = Path(state["run"]), parse(state["recipe"], f"recipe in {partial}")
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(
-                f"{partial} cannot be resumed: no readable {STATE}",
-                "delete it and start the finetune again",
-            ) from error
-        return cls(runs.resolve(run), recipe, runs.finished_of(partial), resume=True)
-
-
-def new_job(
-    run: Path,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    recipe: Recipe | None = None,
-    output: Path | None = None,
-    force: bool = False,
-    root: Path = runs.ROOT,
-) -> Job:
-    """Plan to heal a run.
-
-    Args:
-        run: a finished run; it is left as it is.
-        overrides: settings that beat both recipes, such as ``heal.epochs``.
-        recipe: what it says about healing and measuring beats the run's own recipe.
-        output: the folder to write; None takes a new one under ``root``.
-        force: replace what is in ``output``, and an interrupted finetune that would become it.
-        root: the folder of all runs.
-
-    Raises:
-        RunError: ``output`` is taken, or a finetune of that name was interrupted.
-        UsageError: a value is out of range, or a tracker is not there.
-    """
-    own = read_recipe(run)
-    merged = (own if recipe is None else own.healed_as(recipe)).merged(overrides or {})
-    job = Job(run, merged, output or runs.new_healed(run, root))
-    heal_settings(merged).validate()
-    require(merged.heal.report_to)
-    require_free(job.output, force=force)
-    if job.partial.exists() and not force:
-        raise RunError(
-            f"{job.partial} holds an interrupted finetune",
-            f"continue it with: vdcompress finetune --resume {job.partial}",
-        )
-    shutil.rmtree(job.partial, ignore_errors=True)
-    return job
 
 
 def finetune_run(
@@ -132,7 +43,7 @@ def finetune_run(
     """Heal a run, or go on with healing it: the command ``finetune``.
 
     Args:
-        job: from :func:`new_job`, or :meth:`Job.saved` to resume.
+        job: from :func:`~vdcompress.pipeline.healing_job.new_job`, or :meth:`Job.saved` to resume.
         force: replace what is in the job's ``output``.
         device: where to train.
         on_event: hears what happens.

@@ -311,12 +311,12 @@ class Launcher:
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", str(COUNT))
 ACCELERATE = ("accelerate.commands.launch", "--num_processes", str(COUNT))
-SHARDS_OF_ACCELERATE = (*ACCELERATE, "--use_fsdp", "--fsdp_version", "2")
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}  # accelerate's own --cpu starts one process
 LAUNCHERS = {
     "data parallel": Launcher(TORCHRUN),
     "sharded": Launcher(TORCHRUN, FSDP),
-    "accelerate, data parallel": Launcher((*ACCELERATE, "--cpu")),
-    "accelerate, sharded": Launcher(SHARDS_OF_ACCELERATE, {"ACCELERATE_USE_CPU": "true"}),
+    "accelerate, data parallel": Launcher((*ACCELERATE, "--multi_gpu"), ON_CPU),
+    "accelerate, sharded": Launcher((*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"), ON_CPU),
 }
 
 

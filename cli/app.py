@@ -12,6 +12,7 @@ COMMANDS = (
     "apply",
     "finetune",
     "evaluate",
+    "compare",
     "export",
     "inspect",
     "sweep",

@@ -58,7 +58,8 @@ def carry_out(folder: Path, out: Output) -> dict[str, Any]:
     """Run the verbs one after another, as a user would, and return what they found."""
     from vdcompress.pipeline.apply import apply_recipe
     from vdcompress.pipeline.delivery import export_run
-    from vdcompress.pipeline.healing import finetune_run, new_job
+    from vdcompress.pipeline.healing import finetune_run
+    from vdcompress.pipeline.healing_job import new_job
     from vdcompress.recipe import load_recipe
 
     recipe = load_recipe("demo")

@@ -14,6 +14,8 @@ from vdcompress.cli.show import show_run
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 
+MACHINE = "Machine"
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -27,6 +29,7 @@ def finetune(
         bool,
         typer.Option("--resume", help="Continue the finetune that was interrupted last."),
     ] = False,
+    recipe: o.RecipeName = None,
     distill: Annotated[
         bool | None,
         typer.Option(
@@ -44,10 +47,61 @@ def finetune(
     patience: o.Patience = None,
     learning_rate: o.LearningRate = None,
     batch_size: o.BatchSize = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=o.HEALING, help="At most so many, of all epochs."),
+    ] = None,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            rich_help_panel=o.HEALING,
+            help="Compute in bfloat16; left out, on CUDA alone.",
+            show_default=False,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=MACHINE,
+            help="Sequences in a forward pass; a step's other ones are accumulated.",
+        ),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            rich_help_panel=MACHINE,
+            help="Less memory, more time.",
+        ),
+    ] = False,
+    save_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=MACHINE,
+            help="Steps between checkpoints, beside the one after each epoch.",
+        ),
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=MACHINE,
+            help="tensorboard, trackio, wandb: logs go into the run's folder; repeatable.",
+        ),
+    ] = None,
     data: o.DataText = None,
     eval_data: o.EvalData = None,
     text_field: o.TextField = None,
     samples: o.Samples = None,
+    validation_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=o.DATA, help="Held-out sequences that decide when to stop."
+        ),
+    ] = None,
     seq_len: o.SeqLen = None,
     windows: o.Windows = None,
     positions: o.Positions = None,
@@ -62,9 +116,15 @@ def finetune(
 ) -> None:
     """Heal a run with a short finetune.
 
-    The result is a new run beside it. Ctrl-C keeps the checkpoints, --resume continues from them.
+    The result is a new run beside it, with its curves drawn in curves.png.
+    Ctrl-C keeps the checkpoints, --resume continues from them.
+
+    Of a recipe it takes heal, evaluation and gate; what is not said there is
+    as in the recipe of the run.
+
+    On two GPUs: torchrun --nproc-per-node 2 -m vdcompress.cli finetune --device cuda
     """
-    kept = Checkpoints()
+    kept = Checkpoints("--save-steps N keeps more than each epoch's end")
     with session(Flags(json, quiet, verbose, debug), kept) as out:
         overrides: dict[str, Any] = {
             "text_field": text_field,
@@ -74,8 +134,15 @@ def finetune(
             "heal.patience": patience,
             "heal.learning_rate": learning_rate,
             "heal.batch_size": batch_size,
+            "heal.max_steps": max_steps,
+            "heal.micro_batch": micro_batch,
+            "heal.gradient_checkpointing": gradient_checkpointing or None,
+            "heal.bf16": bf16,
+            "heal.save_steps": save_steps,
+            "heal.report_to": report_to or None,
             "heal.data": data,
             "heal.samples": samples,
+            "heal.validation_samples": validation_samples,
             "heal.seq_len": seq_len,
             "heal.seed": seed,
             "evaluation.data": eval_data,
@@ -84,22 +151,26 @@ def finetune(
         }
         from vdcompress import runs
         from vdcompress.healing import processes
-        from vdcompress.pipeline import healing
+        from vdcompress.pipeline.healing import finetune_run
+        from vdcompress.pipeline.healing_job import Job, new_job
+        from vdcompress.recipe import load_recipe
 
         where = resolve_device(device)
         if resume:
-            require_alone(overrides, output)
+            require_alone(overrides | {"recipe": recipe, "output": output})
 
-        def job_of_all() -> healing.Job:
+        def job_of_all() -> Job:
             if resume:
-                return healing.Job.saved(runs.resolve_partial(run))
-            return healing.new_job(runs.resolve(run), overrides, output=output, force=force)
+                return Job.saved(runs.resolve_partial(run))
+            said = None if recipe is None else load_recipe(recipe)
+            found = runs.resolve(run)
+            return new_job(found, overrides, recipe=said, output=output, force=force)
 
         processes.begin(where)
         job = processes.shared(job_of_all)
         if run is None:
             out.note(f"run: {job.run}")
         kept.partial = job.partial
-        results = healing.finetune_run(job, force=force, device=where, on_event=out.display)
+        results = finetune_run(job, force=force, device=where, on_event=out.display)
         if processes.is_main():
             show_run(out, results, f"next: vdcompress export {results['run']}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vdcompress.cli import options as o
+from vdcompress.cli.drawing import require_writable
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
 from vdcompress.cli.show import show_inspection
@@ -87,7 +88,7 @@ def inspect(
                 out.note(f"run: {target}")
             show_inspection(out, inspect_model(target, revision))
             return
-        _require_writable(output, force=force)
+        require_writable(output, force=force)
         overrides = {
             "model": model,
             "revision": revision,
@@ -104,22 +105,13 @@ def inspect(
         where = resolve_device(device)
         found = inspect_energy(recipe, groups=groups, device=where, on_event=out.display)
         if output is not None:
+            from vdcompress.atomic import write
             from vdcompress.plots_energy import energy
 
-            output.write_bytes(energy(found["energy"], f"{found['model']['id']}: energy left out"))
+            write(output, energy(found["energy"], f"{found['model']['id']}: energy left out"))
         show_inspection(out, found | {"plot": None if output is None else str(output)})
 
 
 def _require_no_plot(output: Path | None) -> None:
     if output is not None:
         raise UsageError("there is no energy to draw without text", "add: --data TEXT")
-
-
-def _require_writable(output: Path | None, *, force: bool) -> None:
-    """Raise before the work what would stop the plot after it."""
-    if output is None:
-        return
-    if output.is_dir() or (output.exists() and not force):
-        raise UsageError(f"{output} exists already", "choose another file, or add --force")
-    if not output.parent.is_dir():
-        raise UsageError(f"there is no folder {output.parent}", "make it first")

@@ -40,7 +40,9 @@ class Target(StrEnum):
 class Train(StrEnum):
     """The choices of ``--train``."""
 
+    latents = "latents"
     attention = "attention"
+    body = "body"
     all = "all"
 
 

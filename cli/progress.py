@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     Progress,
@@ -20,7 +20,20 @@ from rich.progress import (
 from rich.text import Text
 
 from vdcompress import events
-from vdcompress.events import EpochEnded, Event, RowEnded, StageEnded, StageStarted, Warned
+from vdcompress.cli.epochs import EpochTable, epoch_line, start_line
+from vdcompress.events import (
+    EpochEnded,
+    Event,
+    HealingBegan,
+    RowEnded,
+    StageEnded,
+    StageStarted,
+    Warned,
+)
+from vdcompress.healing.settings import STAGE
+
+BAR, NARROW_BAR = 32, 12
+WIDE = 100
 
 
 class Steps(ProgressColumn):
@@ -38,6 +51,8 @@ class Display:
         self.console = console
         self.quiet = quiet
         self._bars: Progress | None = None
+        self._live: Live | None = None
+        self._epochs: EpochTable | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
@@ -46,14 +61,14 @@ class Display:
             self._bars = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description:<10}"),
-                BarColumn(bar_width=32),
+                BarColumn(bar_width=BAR if self.console.width >= WIDE else NARROW_BAR),
                 Steps(),
                 TimeElapsedColumn(),
                 TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
-                transient=True,
             )
-            self._bars.start()
+            self._live = Live(get_renderable=self._drawn, console=self.console, transient=True)
+            self._live.start()
         return self
 
     def __exit__(
@@ -67,9 +82,9 @@ class Display:
 
     def stop(self) -> None:
         """Stop drawing; the lines of finished stages stay."""
-        if self._bars:
-            self._bars.stop()
-            self._bars = None
+        if self._live:
+            self._live.stop()
+            self._bars = self._live = None
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""
@@ -77,8 +92,10 @@ class Display:
             self._print(Text.assemble(("warning: ", "bold yellow"), event.message))
         elif self.quiet:
             return
+        elif isinstance(event, HealingBegan):
+            self._begin_epochs(event)
         elif isinstance(event, EpochEnded):
-            self._print(Text(epoch_line(event)))
+            self._end_epoch(event)
         elif isinstance(event, RowEnded):
             self._print(Text(row_line(event)))
         elif isinstance(event, StageStarted):
@@ -87,6 +104,32 @@ class Display:
             self._end(event)
         else:
             self._advance(event)
+
+    def _drawn(self) -> Group:
+        """Return what moves: the epochs so far and the bars of stages under way."""
+        bars = [] if self._bars is None else [self._bars.get_renderable()]
+        if self._epochs is None:
+            return Group(*bars)
+        return Group(self._epochs.drawn(self.console.height), *bars)
+
+    def _begin_epochs(self, event: HealingBegan) -> None:
+        if self._bars:
+            self._epochs = EpochTable(event)
+            return
+        for line in (start_line(event), *map(epoch_line, event.history)):
+            self._print(Text(line))
+
+    def _end_epoch(self, event: EpochEnded) -> None:
+        if self._epochs is None:
+            self._print(Text(epoch_line(event)))
+        else:
+            self._epochs.add(event)
+
+    def _leave_epochs(self) -> None:
+        """Leave the table of epochs where it stands."""
+        if self._epochs is not None:
+            table, self._epochs = self._epochs, None
+            self.console.print(table.drawn())
 
     def _start(self, event: StageStarted) -> None:
         if self._bars and event.stage not in self._tasks:
@@ -101,6 +144,8 @@ class Display:
         task = self._tasks.pop(event.stage, None)
         if self._bars and task is not None:
             self._bars.remove_task(task)
+        if event.stage == STAGE:
+            self._leave_epochs()
         if sys.exception() is not None:  # it was left, not finished
             return
         mark = ("✓ ", "green") if self.console.is_terminal else ""
@@ -108,14 +153,6 @@ class Display:
 
     def _print(self, text: Text) -> None:
         self.console.print(text, soft_wrap=True)
-
-
-def epoch_line(event: EpochEnded) -> str:
-    """Return an epoch's line, ``*`` marking the best so far."""
-    star = " *" if event.best else ""
-    if event.epoch == 0 or math.isnan(event.train_ppl):
-        return f"Epoch {event.epoch}: val_ppl={event.val_ppl:.1f}{star}"
-    return f"Epoch {event.epoch}: train_ppl={event.train_ppl:.1f} val_ppl={event.val_ppl:.1f}{star}"
 
 
 def row_line(event: RowEnded) -> str:

@@ -9,15 +9,22 @@ from vdcompress.errors import UsageError
 
 
 class Checkpoints:
-    """What an interrupted training leaves behind."""
+    """What an interrupted training leaves behind.
 
-    def __init__(self) -> None:
+    Args:
+        hint: how to have something left, where nothing is yet.
+    """
+
+    def __init__(self, hint: str = "") -> None:
         self.partial: Path | None = None
+        self.hint = hint
 
     def __call__(self) -> tuple[str, str]:
         """Say it."""
-        if self.partial is None or not self.partial.is_dir():
+        if self.partial is None:
             return "nothing was written", ""
+        if not self.partial.is_dir():
+            return "; ".join(filter(None, ("nothing was written yet", self.hint))), ""
         from vdcompress import runs
 
         return (
@@ -26,10 +33,9 @@ class Checkpoints:
         )
 
 
-def require_alone(overrides: dict[str, Any], output: Path | None) -> None:
+def require_alone(settings: dict[str, Any]) -> None:
     """Refuse settings beside ``--resume``, which continues with those it was begun with."""
-    given = [name.split(".")[-1] for name, value in overrides.items() if value is not None]
-    given += ["output"] if output else []
+    given = [name.split(".")[-1] for name, value in settings.items() if value is not None]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(

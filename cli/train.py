@@ -86,7 +86,7 @@ def train(
             "scratch.seed": seed,
         }
         if resume:
-            require_alone(overrides, output)
+            require_alone(overrides | {"output": output})
         elif recipe is None:
             raise UsageError("which recipe?", "try: vdcompress train seed-vdproj --data FILE")
         from vdcompress import runs

@@ -92,6 +92,7 @@ def write_artifact(
     results: Mapping[str, Any] | None = None,
     recipe: str = "",
     card: str = "",
+    attached: Mapping[str, bytes | Path] | None = None,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -103,6 +104,7 @@ def write_artifact(
         results: for ``results.json``; this file and the next two are left out if not given.
         recipe: the merged recipe's text, for ``recipe.yaml``.
         card: the model card, for ``README.md``.
+        attached: further files by name: what they hold, or a folder to copy.
         force: replace an older artefact.
         check: called with the finished folder before it gets its name; raises to refuse it.
 
@@ -112,6 +114,7 @@ def write_artifact(
     """
     with new_folder(folder, force=force) as partial:
         _write_model(partial, compressed)
+        _attach(partial, attached or {})
         write_companions(partial, compressed, results=results, recipe=recipe, card=card)
         if check is not None:
             check(partial)
@@ -301,6 +304,14 @@ def write_config(folder: Path, compressed: Compressed) -> None:
         "AutoModelForCausalLM": f"{module}.{family.compressed_class().__name__}",
     }
     config.save_pretrained(folder)
+
+
+def _attach(folder: Path, attached: Mapping[str, bytes | Path]) -> None:
+    for name, found in attached.items():
+        if isinstance(found, bytes):
+            (folder / name).write_bytes(found)
+        else:
+            shutil.copytree(found, folder / name, ignore_dangling_symlinks=True)
 
 
 def _copy_code(folder: Path, compressed: Compressed) -> None:

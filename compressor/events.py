@@ -46,12 +46,38 @@ class Warned:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """One epoch of healing ended; ``best`` if its validation perplexity is the lowest so far."""
+    """One epoch of healing ended.
+
+    Attributes:
+        epoch: its number, from 1.
+        train_ppl: perplexity of the training text, while it learned from it.
+        val_ppl: validation perplexity at its end.
+        best: whether that is the lowest so far.
+        tokens: training tokens predicted in it.
+        seconds: that its training took, validation apart; two epochs may be equal without it.
+    """
 
     epoch: int
     train_ppl: float
     val_ppl: float
     best: bool
+    tokens: int = 0
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class HealingBegan:
+    """Healing begins or goes on.
+
+    Attributes:
+        val_ppl: validation perplexity of the start.
+        epochs: there are at most so many.
+        history: those that ended before, if it goes on.
+    """
+
+    val_ppl: float
+    epochs: int
+    history: tuple[EpochEnded, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ class RowEnded:
     reason: str = ""
 
 
-Event = StageStarted | Progress | StageEnded | Warned | EpochEnded | RowEnded
+Event = StageStarted | Progress | StageEnded | Warned | HealingBegan | EpochEnded | RowEnded
 OnEvent = Callable[[Event], None]
 
 

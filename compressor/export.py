@@ -76,6 +76,7 @@ def export(
     results: Mapping[str, Any] | None = None,
     recipe: str = "",
     card: str = "",
+    attached: Mapping[str, bytes | Path] | None = None,
     prompt: str = "The",
     new_tokens: int = 16,
     force: bool = False,
@@ -91,6 +92,7 @@ def export(
         results: for ``results.json``; this file and the next two are left out if not given.
         recipe: the merged recipe's text, for ``recipe.yaml``.
         card: the model card, for ``README.md``.
+        attached: further files by name, as :func:`~vdcompress.artifact.write_artifact` takes them.
         prompt: what the fresh process continues.
         new_tokens: how many tokens it adds.
         force: replace an older artefact.
@@ -109,7 +111,14 @@ def export(
         seen.append(_compare(compressed, folder, expected, answer))
 
     write_artifact(
-        folder, compressed, results=results, recipe=recipe, card=card, force=force, check=check
+        folder,
+        compressed,
+        results=results,
+        recipe=recipe,
+        card=card,
+        attached=attached,
+        force=force,
+        check=check,
     )
     return seen[0]
 

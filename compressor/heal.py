@@ -51,7 +51,7 @@ class Healed:
     Attributes:
         history: the epochs, the first one is number 1.
         best_epoch: the epoch whose weights the student has now; 0 is the start.
-        seconds: of this call; a resumed run counts from its resumption.
+        seconds: over all calls of a resumed run, up to the checkpoints that it went on from.
         tokens_seen: training tokens predicted over the whole run.
         initial_val_ppl: validation perplexity before the first step.
         best_val_ppl: the lowest, that of the student as it is now.
@@ -98,8 +98,8 @@ def heal(
         report_to: trackers that Trainer reports to, such as ``tensorboard``, ``trackio``,
             ``wandb``.
         logs: where trackers write, by default ``<checkpoints>/logs``.
-        on_event: gets :class:`Progress` of stages ``finetune`` and ``teacher``, and
-            :class:`EpochEnded`, in the main process.
+        on_event: gets :class:`Progress` of stages ``finetune`` and ``teacher``,
+            :class:`HealingBegan` and :class:`EpochEnded`, in the main process.
 
     Raises:
         UsageError: settings out of range, no teacher to distil from, nothing to train, a step
@@ -134,7 +134,7 @@ def heal(
     with (
         _only_these_train(student, names, settings),
         _beside_its_teacher(student, teacher, settings) as distilled,
-        logging_to(logs or checkpoints / "logs"),
+        logging_to(logs or checkpoints / "logs", report_to),
     ):
         trainer = HealTrainer(
             distilled,
@@ -145,12 +145,13 @@ def heal(
             report_to=report_to,
             on_event=on_event,
         )
+        trainer.clock.begin(time.perf_counter() - started)
         record = _run(trainer, last)
     trainer.restore_best(student)
     return Healed(
         history=tuple(EpochEnded(**epoch) for epoch in record.history),
         best_epoch=record.best_epoch,
-        seconds=time.perf_counter() - started,
+        seconds=trainer.clock.seconds,
         tokens_seen=record.tokens_seen,
         initial_val_ppl=math.exp(record.initial_loss),
         best_val_ppl=math.exp(record.best_loss),
@@ -187,6 +188,7 @@ def _run(trainer: HealTrainer, last: Path | None) -> Record:
     record = None if last is None else finished_record(last)
     if last is not None and record is not None:
         trainer.load_best(last)
+        trainer.clock.begin(record.seconds)
         return record
     with warnings.catch_warnings():  # torch renames an option that accelerate has
         warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)

@@ -24,6 +24,8 @@ MARKERS = "osD^vPX<>p*h"
 GREY = "0.35"
 WIDE = 1.3
 ROOM = 0.04
+# of the ticks of a logarithmic axis: where it spans more than so many times, these digits
+DIGITS = ((200, (1,)), (8, (1, 2, 5)), (4, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
 
 
 def sweep(found: Document) -> bytes:
@@ -48,13 +50,14 @@ def sweep(found: Document) -> bytes:
         _series(axes, label, points, number)
     _references(axes, found["references"])
     _frontier(axes, found)
-    _scales(axes)
+    scale(axes.xaxis)
+    scale(axes.yaxis)
     axes.set_xlabel("cache, bytes per token")
     axes.set_ylabel("perplexity")
     axes.set_title(_title(found), fontsize=10)
     axes.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
     _legend(figure, axes)
-    return _png(figure)
+    return png(figure)
 
 
 def families(rows: Sequence[Row]) -> dict[str, list[Point]]:
@@ -139,18 +142,19 @@ def _frontier(axes: Axes, found: Document) -> None:
     )
 
 
-def _scales(axes: Axes) -> None:
-    """Take logarithms where the points span much, with ticks that read as plain numbers."""
-    for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
-        low, high = axes.dataLim.intervalx if name == "x" else axes.dataLim.intervaly
-        if high > WIDE * low > 0:
-            room = (high / low) ** ROOM
-            limits, scale = (low / room, high * room), "log"
-        else:
-            room = ROOM * (high - low or high)
-            limits, scale = (low - room, high + room), "linear"
-        axes.set(**{f"{name}scale": scale, f"{name}lim": limits})
-        _ticks(axis, limits)
+def scale(axis: Axis) -> None:
+    """Take logarithms where an axis spans much, with ticks that read as plain numbers."""
+    name = "x" if axis is axis.axes.xaxis else "y"
+    limits = axis.get_data_interval()
+    low, high = float(limits[0]), float(limits[1])
+    if high > WIDE * low > 0:
+        room = (high / low) ** ROOM
+        low, high, kind = low / room, high * room, "log"
+    else:
+        room = ROOM * (high - low or high)
+        low, high, kind = low - room, high + room, "linear"
+    axis.axes.set(**{f"{name}scale": kind, f"{name}lim": (low, high)})
+    _ticks(axis, (low, high))
 
 
 def _ticks(axis: Axis, limits: tuple[float, float]) -> None:
@@ -158,10 +162,11 @@ def _ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
     low, high = limits
     if high / low > 4:
+        digits = next(digits for above, digits in DIGITS if high / low > above)
         ticks = [
             digit * 10.0**power
             for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-            for digit in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+            for digit in digits
         ]
     else:
         ticks = list(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
@@ -182,7 +187,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
     )
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

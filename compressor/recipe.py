@@ -24,6 +24,7 @@ VERSION = 1
 DEFAULT_DATA = "Salesforce/wikitext:wikitext-2-raw-v1"
 DEFAULT_POSITIONS = (0, 16, 32, 64, 96, 128)
 SUFFIXES = (".yaml", ".yml")
+HEALED_AS = ("text_field", "evaluation", "heal", "gate")
 
 
 class PlanSection(Section):
@@ -116,12 +117,16 @@ class TrainingSection(Section):
 
 
 class HealSection(TrainingSection):
-    """How a finetune heals; ``data`` null is the training part of the calibration's text."""
+    """How a finetune heals; ``data`` null is the training part of the calibration's text.
+
+    ``report_to`` names trackers such as ``tensorboard``, which write into the run's ``logs``.
+    """
 
     data: str | None = None
     samples: Count = 10_000
     validation_samples: Count = 500
     seq_len: Annotated[int, Field(ge=2)] = 128
+    report_to: tuple[str, ...] = ()
 
 
 class GateSection(Section):
@@ -167,6 +172,23 @@ class Recipe(Section):
                     target = target[section]
                 target[key] = value
         return parse(data, "these options")
+
+    def healed_as(self, other: Recipe) -> Recipe:
+        """Return this recipe with what another one says about healing and measuring.
+
+        Args:
+            other: what its file names of ``heal``, ``evaluation``, ``gate`` and ``text_field``
+                counts, null too; keys that it leaves out stay as they are here.
+
+        Raises:
+            RecipeError: together they are no recipe.
+        """
+        said = other.model_dump(exclude_unset=True, include=set(HEALED_AS))
+        data = self.model_dump()
+        for name, value in said.items():
+            both = isinstance(value, dict) and data[name] is not None
+            data[name] = data[name] | value if both else value
+        return parse(data, "both recipes together")
 
     def dumps(self) -> str:
         """Return the whole recipe as YAML, defaults included."""

@@ -10,6 +10,7 @@ T = TypeVar("T")
 Results = Mapping[str, Any]
 Form = Callable[[float | None], str]
 NONE = "-"
+CURVES = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,21 @@ def summary(results: Results) -> Table:
     healed = perplexity.get("healed") is not None
     whole, narrow = cache["base_bytes_per_token"], cache["bytes_per_token"]
     found: list[tuple[str, Form, list[float | None]]] = [
-        ("parameters", _count, [parameters["base"], *[parameters["compressed"]] * (1 + healed)]),
-        ("cache, bytes per token", _count, [whole, *[narrow] * (1 + healed)]),
+        ("parameters", count, [parameters["base"], *[parameters["compressed"]] * (1 + healed)]),
+        ("cache, bytes per token", count, [whole, *[narrow] * (1 + healed)]),
     ]
     if (measured := cache.get("measured")) is not None:
         sizes = [measured["bytes_per_token"]] * (1 + healed)
-        found.append(("  measured after generate()", _count, [whole, *sizes]))
+        found.append(("  measured after generate()", count, [whole, *sizes]))
     if perplexity:
         names = ("base", "compressed", "healed") if healed else ("base", "compressed")
-        found.append(("perplexity", _ppl, [perplexity.get(name) for name in names]))
+        found.append(("perplexity", ppl, [perplexity.get(name) for name in names]))
     rows = [
         (title, *map(form, values), change(values[0], values[-1])) for title, form, values in found
     ]
     if perplexity.get("kl") is not None:
         keys = ["compressed_kl", "kl"] if healed else ["kl"]
-        distances = (_nats(perplexity.get(key)) for key in keys)
+        distances = (nats(perplexity.get(key)) for key in keys)
         rows.append(("KL to the base, nats per token", NONE, *distances, ""))
     header = ("", "base", "compressed", *(["healed"] if healed else []), "change")
     return Table("", header, tuple(rows))
@@ -73,7 +74,7 @@ def positions(results: Results) -> Table | None:
     healed = any(bucket.get("healed") is not None for bucket in buckets)
     names = ("base", "compressed", "healed") if healed else ("base", "compressed")
     rows = [
-        (f"{bucket['from']}-{bucket['to']}", *(_ppl(bucket.get(name)) for name in names))
+        (f"{bucket['from']}-{bucket['to']}", *(ppl(bucket.get(name)) for name in names))
         for bucket in buckets
     ]
     return Table("perplexity by position", ("tokens", *names), tuple(rows)) if rows else None
@@ -88,8 +89,8 @@ def layers(plan: Results) -> Table:
 
 def frequencies(plan: Results) -> Table | None:
     """Return how often K latents keep each rotary frequency; None where all keep all."""
-    count = plan["shape"]["rotary_dim"] // 2
-    kept = [_counts(layer, count) for layer in plan["layers"]]
+    pairs = plan["shape"]["rotary_dim"] // 2
+    kept = [_counts(layer, pairs) for layer in plan["layers"]]
     if all(counts is None for counts in kept):
         return None
     header = ("layers", "of", "frequency x virtual heads, fastest first")
@@ -97,7 +98,7 @@ def frequencies(plan: Results) -> Table | None:
     cells = []
     for layer, counts in zip(plan["layers"], kept, strict=True):
         most = heads // _k_groups(layer)
-        spans = _spans(counts if counts is not None else [most] * count)
+        spans = _spans(counts if counts is not None else [most] * pairs)
         cells.append((str(most), ", ".join(f"{_span(a, b)} x {n}" for a, b, n in spans if n)))
     return Table("rotary frequencies that each K latent keeps", header, _runs(cells), words=3)
 
@@ -112,14 +113,14 @@ def spent(plan: Results, predicted: Results | None = None) -> Table:
     losses = predicted["layers"] if predicted else [None] * len(plan["layers"])
     rows = [_spent_cells(layer, loss) for layer, loss in zip(plan["layers"], losses, strict=True)]
     total = [sum(part) for part in zip(*(_bytes(layer) for layer in plan["layers"]), strict=True)]
-    last: tuple[str, ...] = ("all", *map(_count, total), _count(sum(total)))
+    last: tuple[str, ...] = ("all", *map(count, total), count(sum(total)))
     header: tuple[str, ...] = ("layers", "V", "K", "K rotary", "bytes")
     title = "bytes per token"
     if predicted:
         title += ", and predicted loss"
         header += ("loss of V", "of K", "of K rotary", "nats")
         parts = (predicted["v"], predicted["k_nope"], predicted["k_rotary"], predicted["total"])
-        last += tuple(map(_nats, parts))
+        last += tuple(map(nats, parts))
     return Table(title, header, (*_runs(rows), last))
 
 
@@ -132,7 +133,7 @@ def costs(cost: Results) -> Table:
     }
     base, narrow = cost["base"], cost["compressed"]
     rows = tuple(
-        (title, _count(base[name]), _count(narrow[name]), change(base[name], narrow[name]))
+        (title, count(base[name]), count(narrow[name]), change(base[name], narrow[name]))
         for name, title in names.items()
     )
     return Table("attention, all layers", ("", "base", "compressed", "change"), rows)
@@ -168,6 +169,8 @@ def model_card(results: Results) -> str:
         parts.append(_gate_line(gate))
     if (table := positions(results)) is not None:
         parts += ["## Perplexity by position", table.markdown()]
+    if (results.get("healing") or {}).get("epochs"):
+        parts += ["## Healing", f"![Perplexity by epoch]({CURVES})"]
     parts += [
         "## What the cache keeps",
         layers(plan).markdown(),
@@ -194,6 +197,16 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))
 def change(before: float | None, after: float | None) -> str:
     """Return a signed percentage, or a dash."""
     return NONE if not before or after is None else _percent(after / before - 1)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in the two units that matter, or a dash."""
+    if seconds is None:
+        return NONE
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _front_matter(base_id: str, family: str) -> str:
@@ -265,24 +278,27 @@ def _bytes(layer: Results) -> tuple[float, ...]:
 
 def _spent_cells(layer: Results, loss: Results | None) -> tuple[str, ...]:
     found = _bytes(layer)
-    cells = (*map(_count, found), _count(sum(found)))
+    cells = (*map(count, found), count(sum(found)))
     if loss is None:
         return cells
     parts = (loss["v"], loss["k_nope"], loss["k_rotary"])
-    return (*cells, *map(_nats, parts), _nats(sum(parts)))
+    return (*cells, *map(nats, parts), nats(sum(parts)))
 
 
-def _count(value: float | None) -> str:
+def count(value: float | None) -> str:
+    """Return a number with its thousands apart, or a dash."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
 
 
-def _ppl(value: float | None) -> str:
+def ppl(value: float | None) -> str:
+    """Return a perplexity, or a dash."""
     return NONE if value is None else f"{value:.2f}"
 
 
-def _nats(value: float | None) -> str:
+def nats(value: float | None) -> str:
+    """Return a divergence, or a dash."""
     return NONE if value is None else f"{value:.4f}"
 
 

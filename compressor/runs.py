@@ -19,6 +19,7 @@ PARTIAL = ".partial"
 HEALED = "healed"
 FROM_SCRATCH = "train.json"
 
+_TIMES = re.compile(r"-\d{8}-\d{6}(-\d+)?(?=-|$)")
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
 _HEALED = re.compile(rf"-{HEALED}-\d{{8}}-\d{{6}}(-\d+)?$")
 
@@ -152,9 +153,15 @@ def resolve_partial(run: str | Path | None, root: Path = ROOT, *, scratch: bool 
     return found[-1]
 
 
-def label(run: Path) -> str:
-    """Return a run's name without its time."""
-    return _STAMP.sub("", run.name)
+def bare(run: Path) -> str:
+    """Return a run's name without the times in it."""
+    return _TIMES.sub("", run.resolve().name)
+
+
+def timed(run: Path) -> str:
+    """Return a run's name without the times in it but the last."""
+    last = _STAMP.search(run.resolve().name)
+    return bare(run) + (last[0] if last else "")
 
 
 def _free(root: Path, stem: str) -> Path:

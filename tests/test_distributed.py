@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -10,18 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
+import conftest
 import test_heal
-from conftest import Vdcompress
 from test_heal import SHORT, equal, weights
 from vdcompress.errors import UsageError
 from vdcompress.events import EpochEnded, Event, Progress
@@ -270,46 +271,112 @@ def test_that_holds_for_every_way_and_with_dropout(
     assert all(equal(one.weights, straight[0].weights) for one in resumed), kill
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [{}, FSDP], ids=["data parallel", "sharded"])
-def test_the_program_under_torchrun_writes_and_prints_once(
-    vdcompress: Vdcompress,
-    tiny_neox: Path,
-    text_file: Path,
-    tmp_path: Path,
-    launcher: dict[str, str],
-) -> None:
-    made = vdcompress(
-        "apply", tiny_neox, "--v-dim", "32", "--data", text_file, "--samples", "8",
-        "--seq-len", "64", "--windows", "2",
-    )  # fmt: skip
-    assert made.code == 0, made.err
-    heal_it = ("--samples", "16", "--seq-len", "32", "--epochs", "1", "--batch-size", "8")
+# The program
 
-    def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-        torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(COUNT), "-m")
-        return subprocess.run(
-            [sys.executable, *torchrun, "vdcompress.cli", "finetune", *arguments],
-            cwd=tmp_path,
-            env=os.environ | launcher | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
+
+MANY_STEPS = (
+    *("--samples", "24", "--seq-len", "32", "--epochs", "2", "--patience", "2"),
+    *("--batch-size", "4", "--micro-batch", "2", "--save-steps", "1", "--learning-rate", "1e-3"),
+)
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How the program is started.
+
+    Attributes:
+        through: the module that starts several processes, with its options; empty for one.
+        environment: of all of them.
+    """
+
+    through: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        several = ("-m", *self.through) if self.through else ()
+        return subprocess.Popen(
+            [sys.executable, *several, "-m", "vdcompress.cli", "finetune", *map(str, arguments)],
+            env=os.environ | self.environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
         )
 
-    ended = launch(*heal_it, "--json")
+    def run(self, *arguments: str | Path) -> conftest.Ended:
+        process = self.start(*arguments)
+        out, err = process.communicate()
+        return conftest.Ended(process.returncode, out, err)
 
-    assert ended.returncode == 0, ended.stderr
-    results = json.loads(ended.stdout)
-    assert ended.stderr.count("Epoch 1: train_ppl=") == 1
-    assert len(list(Path("runs").iterdir())) == 2
-    assert (tmp_path / results["run"] / "results.json").is_file()
 
-    wrong = launch(*heal_it, "--batch-size", "7")
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", str(COUNT))
+ACCELERATE = ("accelerate.commands.launch", "--num_processes", str(COUNT))
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}  # accelerate's own --cpu starts one process
+LAUNCHERS = {
+    "data parallel": Launcher(TORCHRUN),
+    "sharded": Launcher(TORCHRUN, FSDP),
+    "accelerate, data parallel": Launcher((*ACCELERATE, "--multi_gpu"), ON_CPU),
+    "accelerate, sharded": Launcher((*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"), ON_CPU),
+}
 
-    assert wrong.returncode != 0
-    assert wrong.stderr.count("error: a step of 7 windows cannot be divided") == 1
-    assert len(list(Path("runs").iterdir())) == 2
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_the_program_under_a_launcher_writes_and_prints_once(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    heal_it = ("--samples", "16", "--seq-len", "32", "--epochs", "1", "--batch-size", "8")
+
+    ended = launcher.run(tiny_run, *heal_it, "--json")
+
+    assert ended.code == 0, ended.err
+    assert ended.err.count("Epoch 1: train_ppl=") == 1
+    assert [str(path) for path in Path("runs").iterdir()] == [ended.json["run"]]
+    assert Path(ended.json["run"], "results.json").is_file()
+
+    wrong = launcher.run(tiny_run, *heal_it, "--batch-size", "7")
+
+    assert wrong.code != 0
+    assert wrong.err.count("error: a step of 7 windows cannot be divided") == 1
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [Launcher(), LAUNCHERS["data parallel"], LAUNCHERS["sharded"]],
+    ids=["one process", "data parallel", "sharded"],
+)
+def test_the_program_killed_at_any_step_and_resumed_is_never_killed(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: Launcher
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    straight = launcher.run(tiny_run, *MANY_STEPS, "-o", "straight", "--json")
+    assert straight.code == 0, straight.err
+    last = random.randrange(1, STEPS)
+    process = launcher.start(tiny_run, *MANY_STEPS, "-o", "killed")
+    while process.poll() is None and not Path(f"killed.partial/checkpoint-{last}").exists():
+        time.sleep(0.001)
+    victim = random.choice(psutil.Process(process.pid).children() or [process])
+    victim.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+    assert not Path("killed").exists(), last
+
+    resumed = launcher.run("--resume", "killed.partial", "--json")
+
+    assert resumed.code == 0, resumed.err
+    weights = Path("straight/model.safetensors").read_bytes()
+    assert Path("killed/model.safetensors").read_bytes() == weights, last
+    healing = [untimed(ended.json["healing"]) for ended in (straight, resumed)]
+    assert healing[0] == healing[1], last
+    assert not Path("killed.partial").exists()
+
+
+def untimed(healing: dict[str, Any]) -> dict[str, Any]:
+    epochs = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in healing["epochs"]]
+    return healing | {"epochs": epochs, "seconds": None}
 
 
 def test_a_step_must_divide_among_processes(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHARACTERS_PER_TOKEN = 5
-_MOST_CHARACTERS_PER_TOKEN = 16
+MOST_CHARACTERS_PER_TOKEN = 16
 _BATCH_CHARACTERS = 500_000
 _CUT = re.compile(r"\n(?=\S)")
 
@@ -40,11 +40,11 @@ def tokenise(
     """
     end = end_of_text(tokenizer)
     ids: list[int] = []
-    for batch in _batches(documents):
+    for batch in batches(documents):
         texts = batch
         if limit is not None and len(batch) == 1:
             texts = [_beginning(batch[0], tokenizer, limit - len(ids))]
-        for row in _ids(texts, tokenizer):
+        for row in token_ids(texts, tokenizer):
             ids += row
             ids.append(end)
         if limit is not None and len(ids) >= limit:
@@ -64,14 +64,15 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return each text's tokens, no special ones among them."""
     found: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
     return found
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
     """Group short documents, so that the tokenizer works in parallel and memory stays small."""
     batch: list[str] = []
     size = 0
@@ -89,7 +90,7 @@ def _beginning(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> st
     """Return as much of a long text as certainly holds ``tokens`` tokens, cut at a line's end."""
     size = _CHARACTERS_PER_TOKEN * tokens
     while cut := _CUT.search(text, size):
-        if len(_ids([text[: cut.end()]], tokenizer)[0]) >= tokens:
+        if len(token_ids([text[: cut.end()]], tokenizer)[0]) >= tokens:
             return text[: cut.end()]
         size *= 4
     return text
@@ -129,20 +130,28 @@ def draw_windows(
         ModelError: the tokenizer has no end-of-text token.
     """
     end = end_of_text(tokenizer)
-    most = _MOST_CHARACTERS_PER_TOKEN * length
+    most = MOST_CHARACTERS_PER_TOKEN * length
     places = sample_places(documents, count=count, characters=most, seed=seed, balance=balance)
     rows, per_character = _tokenise_places(places, tokenizer, length, end)
     available = int(places.total_characters * per_character)
-    if available < count * length:
-        fits = available // length
-        if not (allow_fewer and fits):
-            raise DataError(
-                f"the text is too short: it has about {available:,} tokens, "
-                f"{count * length:,} are wanted ({count:,} windows of {length:,})",
-                f"give more text, or at most {fits:,} windows" if fits else "give more text",
-            )
-        rows = rows[:fits]
+    rows = rows[: require_enough(available, count, length, allow_fewer=allow_fewer)]
     return torch.tensor(_full(rows, length, end), dtype=torch.long)
+
+
+def require_enough(available: int, count: int, length: int, *, allow_fewer: bool) -> int:
+    """Return how many windows a text of so many tokens gives, at most ``count``.
+
+    Raises:
+        DataError: fewer than ``count``, or none where fewer are allowed.
+    """
+    fits = min(count, available // length)
+    if fits < count and not (allow_fewer and fits):
+        raise DataError(
+            f"the text is too short: it has about {available:,} tokens, "
+            f"{count * length:,} are wanted ({count:,} windows of {length:,})",
+            f"give more text, or at most {fits:,} windows" if fits else "give more text",
+        )
+    return fits
 
 
 def _tokenise_places(
@@ -163,7 +172,7 @@ def _tokenise_places(
 def _rows(places: list[list[str]], tokenizer: PreTrainedTokenizerBase, end: int) -> list[list[int]]:
     """Tokenise the pieces of each place and put the end-of-text token between them."""
     pieces = (piece for texts in places for piece in texts)
-    ids = itertools.chain.from_iterable(_ids(batch, tokenizer) for batch in _batches(pieces))
+    ids = itertools.chain.from_iterable(token_ids(batch, tokenizer) for batch in batches(pieces))
     return [_join([next(ids) for _ in texts], end) for texts in places]
 
 

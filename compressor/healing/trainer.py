@@ -19,7 +19,7 @@ from transformers.trainer import SCHEDULER_NAME
 from vdcompress.events import OnEvent, Warned
 from vdcompress.healing import checkpoints, processes, sharding
 from vdcompress.healing.arguments import training_arguments
-from vdcompress.healing.epochs import Epochs, Record, finite
+from vdcompress.healing.epochs import Clock, Epochs, Record, finite
 from vdcompress.healing.objective import Distilled
 from vdcompress.healing.parameters import optimizer_groups
 from vdcompress.healing.settings import HealSettings
@@ -83,6 +83,7 @@ class HealTrainer(Trainer):
         self.failed = ""
         self.sums = torch.zeros(2, dtype=torch.float64, device=arguments.device)
         self.record = Record(math.inf, math.inf)
+        self.clock, self.epoch_clock = Clock(), Clock()
         self.add_callback(Epochs(self, steps))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -187,8 +188,11 @@ class HealTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, seal and prune; a disk that is full costs the checkpoint, not the run."""
-        self.record.loss_sum, self.record.loss_tokens = self.training_sums()
-        self.take_up(self.record)
+        record = self.record
+        record.loss_sum, record.loss_tokens = self.training_sums()
+        record.seconds = self.clock.seconds
+        record.epoch_seconds = self.epoch_clock.seconds if record.loss_tokens else 0.0
+        self.take_up(record)
         checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
         self.failed = ""
         try:
@@ -247,4 +251,7 @@ class HealTrainer(Trainer):
 
 
 def _reason(error: BaseException) -> str:
+    """Return an error's first line; torch's own for a full disk speaks of positions in a file."""
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "a file could not be written whole, is there space left on the disk?"
     return (str(error).strip().splitlines() or ["unknown"])[0]

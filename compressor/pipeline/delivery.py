@@ -11,6 +11,7 @@ from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.export import export
 from vdcompress.pipeline.document import Timed
 from vdcompress.pipeline.results import read_recipe, read_results
+from vdcompress.plots_healing import pictures
 from vdcompress.report import model_card
 
 EXPORTS = Path("exports")
@@ -48,6 +49,7 @@ def export_run(
             results=results,
             recipe=read_recipe(run).dumps(),
             card=model_card(results),
+            attached=pictures(results),
             force=force,
         )
     return results | {

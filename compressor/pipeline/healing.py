@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from vdcompress import runs
 from vdcompress.artifact import Compressed, load_artifact, write_artifact
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
@@ -22,80 +19,20 @@ from vdcompress.pipeline.document import (
     judged,
     peak_memory,
 )
+from vdcompress.pipeline.healing_job import Job
 from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.opening import open_base_of
-from vdcompress.pipeline.partials import claim, save_state, saved_state, unless_empty
+from vdcompress.pipeline.partials import unless_empty
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
-from vdcompress.recipe import Recipe
+from vdcompress.plots_healing import pictures
 from vdcompress.report import model_card
 from vdcompress.rounding import round_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE = "finetune.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A finetune that is to be done or to be continued.
-
-    Attributes:
-        run: what is healed.
-        recipe: how.
-        output: the run that it becomes; checkpoints are in ``<output>.partial`` until then.
-        resume: whether it was begun before.
-    """
-
-    run: Path
-    recipe: Recipe
-    output: Path
-    resume: bool = False
-
-    @property
-    def partial(self) -> Path:
-        """Where checkpoints are kept."""
-        return runs.partial_of(self.output)
-
-    def save(self) -> None:
-        """Write down what ``--resume`` must know."""
-        save_state(self.partial, STATE, self.recipe, run=str(self.run.resolve()))
-
-    @classmethod
-    def saved(cls, partial: Path) -> Job:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            RunError: it is missing or damaged, or the run that it healed is gone.
-        """
-        recipe, state = saved_state(partial, STATE)
-        return cls(runs.resolve(state["run"]), recipe, runs.finished_of(partial), resume=True)
-
-
-def new_job(
-    run: Path,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    output: Path | None = None,
-    force: bool = False,
-    root: Path = runs.ROOT,
-) -> Job:
-    """Plan to heal a run.
-
-    Args:
-        run: a finished run; it is left as it is.
-        overrides: settings in place of the run's own recipe, such as ``heal.epochs``.
-        output: the folder to write; None takes a new one under ``root``.
-        force: replace what is in ``output``, and an interrupted finetune that would become it.
-        root: the folder of all runs.
-
-    Raises:
-        RunError: ``output`` is taken, or a finetune of that name was interrupted.
-    """
-    job = Job(run, read_recipe(run).merged(overrides or {}), output or runs.new_healed(run, root))
-    claim(job.output, force=force)
-    return job
+LOGS = "logs"
 
 
 def finetune_run(
@@ -104,7 +41,7 @@ def finetune_run(
     """Heal a run, or go on with healing it: the command ``finetune``.
 
     Args:
-        job: from :func:`new_job`, or :meth:`Job.saved` to resume.
+        job: from :func:`~vdcompress.pipeline.healing_job.new_job`, or :meth:`Job.saved` to resume.
         force: replace what is in the job's ``output``.
         device: where to train.
         on_event: hears what happens.
@@ -125,54 +62,59 @@ def finetune_run(
         base = open_base_of(compressed, device)
     job = replace(job, recipe=settle(job.recipe, base.config, timed))
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
+    windows = _read(job, compressed, timed)
     before = _before(job, compressed, base, tokens, timed) if processes.is_main() else {}
-    healed = _heal(job, compressed, base, timed)
-    processes.end()
-    if not processes.is_main():
-        return {}
-    if healed.best_epoch == 0:
-        start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
-        on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
-    round_weights(compressed.model, compressed.dtype)
-    measured = measure(compressed, base, tokens, job.recipe, timed)
-    fields = measured.fields(compressed.plan, job.recipe)
-    results = document(
-        "finetune",
-        base,
-        compressed.plan,
-        run=str(job.output),
-        parent=str(job.run),
-        kv_cache=fields["kv_cache"],
-        **_beside(before, fields),
-        healing=course(healed),
-        gate=judged(job.recipe, measured.quality.ratio),
-        seconds=timed.seconds,
-        environment=environment(device, start_memory),
-    )
-    with Stopwatch(timed).stage("write"):
-        write_artifact(
-            job.output,
-            compressed,
-            results=results,
-            recipe=job.recipe.dumps(),
-            card=model_card(results),
-            force=force,
+    with unless_empty(job.partial, job.partial):
+        healed = _heal(job, compressed, base, windows, timed)
+        processes.end()
+        if not processes.is_main():
+            return {}
+        if healed.best_epoch == 0:
+            start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
+            on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
+        round_weights(compressed.model, compressed.dtype)
+        measured = measure(compressed, base, tokens, job.recipe, timed)
+        fields = measured.fields(compressed.plan, job.recipe)
+        results = document(
+            "finetune",
+            base,
+            compressed.plan,
+            run=str(job.output),
+            parent=str(job.run),
+            kv_cache=fields["kv_cache"],
+            **_beside(before, fields),
+            healing=course(healed),
+            gate=judged(job.recipe, measured.quality.ratio),
+            seconds=timed.seconds,
+            environment=environment(device, start_memory),
         )
+        with Stopwatch(timed).stage("write"):
+            _write(job, compressed, results, force=force)
     shutil.rmtree(job.partial, ignore_errors=True)
     return results
 
 
-def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> Healed:
-    """Train; the model is changed in place."""
-    watch = Stopwatch(on_event)
-    with watch.stage("read text"):
-        training, validation = processes.shared(
+def _read(job: Job, compressed: Compressed, on_event: OnEvent) -> tuple[Tensor, Tensor]:
+    """Return the sequences that train and those that decide when to stop, in all processes."""
+    with Stopwatch(on_event).stage("read text"):
+        return processes.shared(
             lambda: text.healing_windows(job.recipe, compressed.tokenizer, on_event)
         )
+
+
+def _heal(
+    job: Job,
+    compressed: Compressed,
+    base: Base,
+    windows: tuple[Tensor, Tensor],
+    on_event: OnEvent,
+) -> Healed:
+    """Train; the model is changed in place."""
+    training, validation = windows
     processes.shared(job.save)
     settings = heal_settings(job.recipe)
     steps = settings.total_steps(len(training))
-    with watch.stage("finetune", steps), unless_empty(job.partial, job.partial):
+    with Stopwatch(on_event).stage("finetune", steps):
         return heal(
             compressed.model,
             base.model if job.recipe.heal.distill else None,
@@ -181,8 +123,23 @@ def _heal(job: Job, compressed: Compressed, base: Base, on_event: OnEvent) -> He
             settings,
             checkpoints=job.partial,
             resume=job.resume,
+            report_to=job.recipe.heal.report_to,
             on_event=on_event,
         )
+
+
+def _write(job: Job, compressed: Compressed, results: dict[str, Any], *, force: bool) -> None:
+    """Write the run, with its curves, and with what trackers wrote beside the checkpoints."""
+    logs = job.partial / LOGS
+    write_artifact(
+        job.output,
+        compressed,
+        results=results,
+        recipe=job.recipe.dumps(),
+        card=model_card(results),
+        attached=pictures(results) | ({LOGS: logs} if logs.is_dir() else {}),
+        force=force,
+    )
 
 
 def _before(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vdcompress import plots
+from vdcompress.atomic import write
 from vdcompress.calibrate import calibrate
 from vdcompress.errors import ModelError, PlanError
 from vdcompress.events import OnEvent, Progress, Stopwatch, Warned, ignore
@@ -23,7 +24,6 @@ from vdcompress.pipeline.sweep_folder import (
     RowError,
     SweepFolder,
     weights_digest,
-    write,
 )
 from vdcompress.pipeline.sweep_plans import Axes, variants
 from vdcompress.pipeline.sweep_rows import (

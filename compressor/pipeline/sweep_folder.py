@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 
 from vdcompress import runs
 from vdcompress.artifact import require_free
-from vdcompress.errors import ArtifactError, RunError
+from vdcompress.atomic import write
+from vdcompress.errors import RunError
 
 ROOT = Path("sweeps")
 SETTINGS = "settings.json"
@@ -144,27 +144,6 @@ class SweepFolder:
 
 class RowError(ValueError):
     """A file that is no row."""
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        ArtifactError: the disk is full or the folder cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} could not be written: {error.strerror or error}",
-            "check the folder and the space on its disk",
-        ) from error
 
 
 def weights_digest(folder: Path) -> str:

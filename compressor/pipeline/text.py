@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vdcompress.data.corpus import Hashed, Role, Source, documents
+from vdcompress.data.packing import pack_windows
 from vdcompress.data.windows import draw_windows, tokenise
 from vdcompress.errors import DataError
 from vdcompress.events import OnEvent, Warned, ignore
@@ -14,6 +15,8 @@ from vdcompress.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,34 @@ def calibration_windows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> W
 def healing_windows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_event: OnEvent = ignore
 ) -> tuple[Tensor, Tensor]:
-    """Draw the sequences that heal and those that decide when to stop, both [n, seq_len].
+    """Return the sequences that heal and those that decide when to stop, both [n, seq_len].
 
-    A text that is too short for all of them gives as many as it holds, with a warning.
+    The former are packed, so that none of them repeats another. The latter depend on the text and
+    their own number and length alone, so that finetunes of one text are comparable whatever else
+    differs. A text that is too short gives as many as it holds, with a warning.
     """
     section = recipe.heal
     source = Source.parse(section.data or recipe.calibration.data, field=recipe.text_field)
-
-    def draw(role: Role, count: int) -> Tensor:
-        drawn = draw_windows(
-            documents(source, role),
-            tokenizer,
-            count=count,
-            length=section.seq_len,
-            seed=section.seed,
-            allow_fewer=True,
-        )
-        return _all_of(drawn, count, source, role, on_event)
-
-    return draw("training", section.samples), draw("validation", section.validation_samples)
+    training = pack_windows(
+        documents(source, "training"),
+        tokenizer,
+        count=section.samples,
+        length=section.seq_len,
+        seed=section.seed,
+        allow_fewer=True,
+    )
+    validation = draw_windows(
+        documents(source, "validation"),
+        tokenizer,
+        count=section.validation_samples,
+        length=section.seq_len,
+        seed=VALIDATION_SEED,
+        allow_fewer=True,
+    )
+    return (
+        _all_of(training, section.samples, source, "training", on_event),
+        _all_of(validation, section.validation_samples, source, "validation", on_event),
+    )
 
 
 def evaluation_windows(

@@ -78,7 +78,12 @@ def check(name: Name, json: o.Json = False) -> None:
         from vdcompress.pipeline.checking import check_recipe
         from vdcompress.recipe import load_recipe
 
-        found = check_recipe(load_recipe(name))
+        recipe = load_recipe(name)
+        if recipe.model is None and recipe.scratch is None:
+            document = {"schema": 1, "command": "recipes check", "name": str(name), "sound": True}
+            out.result(document, f"{name}: sound; it names no model, and builds none by itself")
+            return
+        found = check_recipe(recipe)
         document = found | {"name": str(name), "sound": True}
         out.result(document, f"{name}: sound", *_built(found))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from vdcompress.errors import UsageError
 
+NOTHING = "nothing was written"
+
 
 class Checkpoints:
     """What an interrupted training leaves behind.
@@ -22,9 +24,9 @@ class Checkpoints:
     def __call__(self) -> tuple[str, str]:
         """Say it."""
         if self.partial is None:
-            return "nothing was written", ""
+            return NOTHING, ""
         if not self.partial.is_dir():
-            return "; ".join(filter(None, ("nothing was written yet", self.hint))), ""
+            return f"nothing was written yet; {self.hint}" if self.hint else NOTHING, ""
         from vdcompress import runs
 
         return (

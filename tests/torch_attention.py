@@ -120,7 +120,7 @@ class TorchAttention(AttentionImpl[TorchMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Fill ``output`` [t, h, v] from ``query`` [t, h, k] and the cache [blocks, g, n, k + v]."""
+        """Fill ``output`` [t, h, v] for ``query`` [t, h, k] from a cache [blocks, g, n, k + v]."""
         if attn_metadata is None:
             return output.fill_(0)
         slots, size = attn_metadata.slots, kv_cache.shape[2]

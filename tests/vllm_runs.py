@@ -1,7 +1,8 @@
-"""What the tests of vLLM share: prompts, engines in processes of their own, transformers' answers."""
+"""What tests of vLLM share: prompts, engines in processes of their own, transformers' answers."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -98,16 +99,14 @@ def answers(runs: list[Run], folder: Path, *, stock: bool = False) -> list[dict[
         finally:
             _end(engine)
     found = [json.loads(line) for line in said.read_text().splitlines()] if said.exists() else []
-    assert code == 0 and len(found) == len(runs), log.read_text()[-4000:]
+    assert (code, len(found)) == (0, len(runs)), log.read_text()[-4000:]
     return found
 
 
 def _end(engine: subprocess.Popen[bytes]) -> None:
     """End an engine and its workers, which are one group of processes."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(engine.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     engine.wait()
 
 

@@ -17,6 +17,7 @@ from vdcompress.recipe import Recipe
 
 if TYPE_CHECKING:
     from vdcompress.cache_size import CacheSize
+    from vdcompress.families.base import Family
     from vdcompress.load import BaseConfig
 
 SCHEMA = 1
@@ -71,8 +72,13 @@ def document(command: str, base: BaseConfig, plan: Plan, **found: Any) -> dict[s
 
 def parameters(base: BaseConfig, plan: Plan) -> dict[str, int]:
     """Count parameters from configs alone, shared ones once."""
-    family = base.family
-    compressed = family.compressed_on_meta(base.config, plan)
+    compressed = base.family.compressed_on_meta(base.config, plan)
+    whole = _count(base.family.base_on_meta(base.config), lambda _name: True)
+    return {"base": whole, **compressed_parameters(base.family, compressed)}
+
+
+def compressed_parameters(family: Family, compressed: Any) -> dict[str, int]:
+    """Count the parameters of a compressed model, shared ones once, and those of both paths."""
     attentions = family.attention_modules(compressed)
 
     def path(*names: str) -> int:
@@ -81,7 +87,6 @@ def parameters(base: BaseConfig, plan: Plan) -> dict[str, int]:
         )
 
     return {
-        "base": _count(family.base_on_meta(base.config), lambda _name: True),
         "compressed": _count(compressed, lambda _name: True),
         "v_path": path(*V_PATH, family.output_name),
         "k_path": path(*K_PATH),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vdcompress import runs
 from vdcompress.artifact import Compressed, load_artifact, require_free, write_artifact
+from vdcompress.card import model_card
 from vdcompress.errors import RunError
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
@@ -30,7 +31,6 @@ from vdcompress.pipeline.opening import open_base_of
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.recipe import Recipe, parse
-from vdcompress.report import model_card
 from vdcompress.rounding import round_weights
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ def show_run(out: Output, results: Document, following: str) -> None:
 
 def show_evaluation(out: Output, results: Document) -> None:
     """Show what ``evaluate`` found."""
-    tables = [report.summary(results), report.positions(results)]
+    tables = [report.summary(results), report.positions(results), report.tasks(results)]
     out.result(results, *filter(None, tables))
     out.note(_took(results))
 

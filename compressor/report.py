@@ -79,6 +79,17 @@ def positions(results: Results) -> Table | None:
     return Table("perplexity by position", ("tokens", *names), tuple(rows)) if rows else None
 
 
+def tasks(results: Results) -> Table | None:
+    """Return what lm-evaluation-harness found, None if it was not asked."""
+    rows = [
+        (name, metric, f"{values['base']:.4g}", f"{values['compressed']:.4g}")
+        for name, metrics in (results.get("tasks") or {}).items()
+        for metric, values in metrics.items()
+    ]
+    header = ("task", "metric", "base", "compressed")
+    return Table("lm-evaluation-harness", header, tuple(rows), words=2) if rows else None
+
+
 def layers(plan: Results) -> Table:
     """Return what each layer keeps in its cache; equal layers share a row."""
     header = ("layers", "K latents", "rotary", "V latents", "K numbers", "V numbers", "bits K / V")

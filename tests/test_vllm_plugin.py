@@ -24,6 +24,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.models: dict[str, str] = {}
+        self.model_types: set[str] = set()
         self.calls = 0
 
     def get_supported_archs(self) -> set[str]:
@@ -42,6 +43,10 @@ def registry(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     vllm.__version__ = getattr(request, "param", "0.32.0")  # type: ignore[attr-defined]
     vllm.ModelRegistry = found  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
+    shapes = types.ModuleType("shapes")
+    shapes.register = found.model_types.update  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vdcompress.vllm_plugin.shapes", shapes)
+    monkeypatch.setattr(vllm_plugin, "shapes", shapes, raising=False)
     return found
 
 
@@ -53,8 +58,11 @@ def test_vllm_finds_the_plugin() -> None:
 def test_every_family_is_registered_once(registry: Registry) -> None:
     vllm_plugin.register()
     vllm_plugin.register()
-    names = {families.get(name).compressed_class().__name__ for name in families.available()}
+    known = families.available()
+    names = {families.get(name).compressed_class().__name__ for name in known}
     assert names <= set(registry.models)
+    types = {families.get(name).compressed_class().config_class.model_type for name in known}
+    assert types == registry.model_types
     assert registry.calls == len(registry.models)
     module, name = vllm_plugin.MODEL_CLASS.split(":")
     source = ROOT / "compressor" / "/".join(module.split(".")[1:])
@@ -68,6 +76,7 @@ def test_another_version_is_left_alone_with_one_message(
     with caplog.at_level(logging.WARNING):
         vllm_plugin.register()
     assert not registry.models
+    assert not registry.model_types
     [record] = caplog.records
     assert ">=0.32,<0.34" in record.getMessage()
     assert "--trust-remote-code" in record.getMessage()

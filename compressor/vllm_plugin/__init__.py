@@ -1,9 +1,10 @@
 """Teach vLLM compressed models: ``pip install vdcompress`` beside vLLM is all that it takes.
 
 vLLM calls :func:`register` through the entry point ``vllm.general_plugins`` in each of its
-processes. Nothing but names is registered there; the model class is imported when an exported
-folder asks for it. With the plugin no remote code has to be trusted, K and V may differ in width,
-layers may differ where K = V, and maps per head are cut between the ranks of tensor parallelism.
+processes. Names are registered there, and who reads a config's sizes; the model class is imported
+when an exported folder asks for it. With the plugin no remote code has to be trusted, K and V may
+differ in width, layers may differ where K = V, and maps per head are cut between the ranks of
+tensor parallelism.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+
+from vdcompress.registration import PREFIX, family_names
 
 OLDEST, BEFORE = (0, 32), (0, 34)
 MODEL_CLASS = "vdcompress.vllm_plugin.model:LatentForCausalLM"
@@ -32,6 +35,9 @@ def register() -> None:
             vllm.__version__,
         )
         return
+    from vdcompress.vllm_plugin import shapes
+
+    shapes.register([PREFIX + name for name in family_names()])
     registered = ModelRegistry.get_supported_archs()
     for architecture in architectures():
         if architecture not in registered:

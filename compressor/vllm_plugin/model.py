@@ -10,7 +10,6 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vdcompress import serving
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.vllm_plugin.attention import NAME, paged_attention
 from vdcompress.vllm_plugin.backends import backend_for
@@ -21,17 +20,11 @@ AttentionInterface.register(NAME, paged_attention)
 
 
 class LatentForCausalLM(TransformersForCausalLM):  # type: ignore[misc]
-    """A compressed model whose paged cache holds latents as wide as they are.
-
-    Raises:
-        ValueError: no attention backend of vLLM takes this layout; the message says why.
-    """
+    """A compressed model whose paged cache holds latents as wide as they are."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         self.layouts = [config.layer_layout(layer) for layer in range(config.num_hidden_layers)]
-        if reasons := serving.vllm_problems(self.layouts):
-            raise ValueError(f"vLLM cannot serve this model: {'; '.join(reasons)}")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # vLLM finds the attention modules by its own function's name, which pads V: ours takes over
         self.text_config._attn_implementation = NAME

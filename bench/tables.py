@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import healing_tables
+import serving_tables
 from cells import ROOT, asked_words, changes, figures, held_out, held_out_kl, results
 
 from vdcompress.report import Table
@@ -204,6 +205,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
     "latent-bound": latent_bound,
     **healing_tables.TABLES,
+    **serving_tables.TABLES,
     "candidates": candidates,
     "candidates-earlier": earlier_candidates,
 }

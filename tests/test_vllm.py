@@ -8,16 +8,18 @@ processes of their own.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from served_models import FAMILIES, LAYOUTS, STANDINS, Layout, Served, make_base
-from vllm_runs import LENGTHS, TORCH, Run, agreed, answers, why_not
+from vllm_runs import LENGTHS, TORCH, Run, agreed, answers, environment, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 FEW = ("64-40", "192-192", "2x128")
@@ -216,6 +218,27 @@ def test_what_it_cannot_serve_it_refuses_in_one_line(
     said = answers([run for run, _words in asked], tmp_path)
     for (_run, words), answer in zip(asked, said, strict=True):
         assert words in answer["error"]
+
+
+@pytest.mark.vllm_full
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
+def test_lm_eval_scores_a_served_model_as_one_in_transformers(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).parents[1] / "examples" / "evaluate_with_lm_eval.py"
+    said = {}
+    for model in ("hf", "vllm"):
+        ended = subprocess.run(
+            [sys.executable, script, tiny_run, "--model", model, "--quick"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(tmp_path, stock=True),
+            timeout=600,
+        )
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        said[model] = [float(line.split()[2]) for line in ended.stdout.splitlines()[-2:]]
+    assert said["vllm"] == pytest.approx(said["hf"], abs=1 / 16)
 
 
 @pytest.mark.vllm_full

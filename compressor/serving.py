@@ -117,7 +117,7 @@ BACKENDS: tuple[Backend, ...] = (
         "FLASH_ATTN_DIFFKV",
         lambda k, v: k != v and flash_takes_unequal(k, v, 3),
         "",
-        f"{PLUGIN}; Hopper",
+        f"{PLUGIN}; Hopper; low-bit caches go to Triton",
         "takes K <= 64 and V < K, or K 129-192 with V 97-128, multiples of 8",
     ),
     Backend(
@@ -134,7 +134,7 @@ BACKENDS: tuple[Backend, ...] = (
         "TRITON_ATTN_DIFFKV",
         lambda k, v: k != v and min(k, v) >= 32,
         "",
-        PLUGIN,
+        f"{PLUGIN}; int8 and int4 caches want K = V",
         "takes K != V, both from 32 on",
         FP8,
     ),

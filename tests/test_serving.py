@@ -106,6 +106,7 @@ def test_low_bit_caches_go_with_equal_widths() -> None:
     assert "fp8" in equal["CPU_ATTN"].cache_dtypes
     unequal = {v.backend: v for v in serving.verdicts([layer(64, 40)])}
     assert all(not low & set(verdict.cache_dtypes) for verdict in unequal.values())
+    assert "int8 and int4 caches want K = V" in unequal["TRITON_ATTN_DIFFKV"].note
 
 
 @pytest.mark.parametrize(

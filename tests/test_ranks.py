@@ -89,3 +89,18 @@ def test_maps_that_are_not_cut_say_so(base: Base, statistics: Statistics) -> Non
     assert module.o_contract is not None
     with pytest.raises(ValueError, match="tensor parallelism does not cut maps per head"):
         module.o_contract(torch.zeros(1, 2, 3, 24))
+
+
+def test_vllm_without_the_plugin_does_not_pad_v_in_silence(
+    base: Base, statistics: Statistics
+) -> None:
+    hidden = torch.zeros(1, 3, base.shape.hidden)
+    for asked, refused in (({"v_dim": 16}, True), ({"v_dim": base.shape.kv_dim}, False)):
+        module = attention(base, statistics, **asked)
+        embeddings = (torch.ones(1, 3, len(module.config.inv_freq)),) * 2
+        module.config._attn_implementation = "vllm"
+        if refused:
+            with pytest.raises(ValueError, match="pip install vdcompress"):
+                module.latents(hidden, embeddings)
+        else:
+            module.latents(hidden, embeddings)

@@ -225,7 +225,9 @@ def test_what_it_cannot_serve_it_refuses_in_one_line(
         (Run(unequal, {"attention_backend": "CPU_ATTN"}), "CPU_ATTN keeps K and V equally wide"),
         (Run(unequal, TORCH | {"kv_cache_dtype": "fp8"}), "CUSTOM has no --kv-cache-dtype fp8"),
     ]
-    said = answers([run for run, _words in asked], tmp_path)
+    said = answers([run for run, _words in asked], tmp_path / "plugin")
+    asked.append((Run(unequal, REMOTE), "pip install vdcompress"))
+    said += answers([asked[-1][0]], tmp_path / "stock", stock=True)
     for (_run, words), answer in zip(asked, said, strict=True):
         assert words in answer["error"]
 

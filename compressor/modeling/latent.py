@@ -185,6 +185,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Map [b, t, hidden] to query [b, h, t, k], key [b, g, t, k] and value [b, g', t, v]."""
         layout, d = self.layout, self.config.base_head_dim
+        self._require_plugin()
         cos, sin = position_embeddings
         query_width = layout.k_head_dim if self.q_expand is None else d
         query = _heads(self.q_proj(hidden_states), query_width)
@@ -199,6 +200,15 @@ class LatentAttention(nn.Module):
             cos, sin = cos[..., kept], sin[..., kept]
         key = _heads(self.k_proj(hidden_states), layout.k_head_dim)
         return rotate(self._expand(query), cos, sin), rotate(key, cos, sin), value
+
+    def _require_plugin(self) -> None:
+        """Raise :class:`ValueError` where vLLM alone would pad V, or take one width for all."""
+        alike = self.head_dim == self.v_head_dim == self.config.head_dim
+        if self.config._attn_implementation == "vllm" and not alike:
+            raise ValueError(
+                "vLLM alone takes K and V equally wide, in all layers alike; for this model "
+                "install its plugin beside it: pip install vdcompress"
+            )
 
     def _expand(self, query: Tensor) -> Tensor:
         return query if self.q_expand is None else self.q_expand(query)

@@ -63,7 +63,7 @@ def main(folder: Path, model: str, questions: int) -> None:
     """Run ``lm_eval`` as a user does, and print what it found."""
     arguments = f"pretrained={folder},trust_remote_code=True,dtype=float32"
     if model == "vllm":
-        arguments += ",max_model_len=512,enforce_eager=True"
+        arguments += ",enforce_eager=True"
     with tempfile.TemporaryDirectory() as made:
         task = write_task(Path(made), questions)
         answers = Path(made) / "answers"

@@ -235,13 +235,15 @@ def test_what_it_cannot_serve_it_refuses_in_one_line(
 @pytest.mark.vllm_full
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_lm_eval_scores_a_served_model_as_one_in_transformers(
-    tiny_run: Path, tmp_path: Path
+    tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
+    maker = Served(make_base("gpt_neox", tmp_path / "base", tiny_tokenizer))
+    model_folder = maker.write(LAYOUTS["192-192"].asked, tmp_path / "shared")
     script = Path(__file__).parents[1] / "examples" / "evaluate_with_lm_eval.py"
     said = {}
     for model in ("hf", "vllm"):
         ended = subprocess.run(
-            [sys.executable, script, tiny_run, "--model", model, "--quick"],
+            [sys.executable, script, model_folder, "--model", model, "--quick"],
             capture_output=True,
             text=True,
             check=False,

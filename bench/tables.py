@@ -13,6 +13,7 @@ from typing import Any
 
 import healing_tables
 import seed_tables
+import serving_tables
 from cells import ROOT, asked_words, changes, figures, held_out, held_out_kl, results
 
 from vdcompress.report import Table
@@ -202,6 +203,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "latent-bound": latent_bound,
     **healing_tables.TABLES,
     **seed_tables.TABLES,
+    **serving_tables.TABLES,
     "candidates": candidates,
 }
 

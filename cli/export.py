@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from vdcompress.cli import options as o
@@ -19,6 +21,15 @@ def export(
     *,
     run: o.Run = None,
     output: o.Folder = None,
+    target: Annotated[
+        o.Target,
+        typer.Option(
+            "--for",
+            rich_help_panel=o.OUTPUT,
+            help="vllm folds the heads' maps into projections, so that stock vLLM cuts them over "
+            "several GPUs, and refuses what vLLM cannot take.",
+        ),
+    ] = o.Target.transformers,
     force: o.Force = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
@@ -38,5 +49,7 @@ def export(
             out.note(f"run: {folder}")
         from vdcompress.pipeline.delivery import export_run
 
-        results = export_run(folder, output=output, force=force, on_event=out.display)
+        results = export_run(
+            folder, output=output, target=target.value, force=force, on_event=out.display
+        )
         show_export(out, results)

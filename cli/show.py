@@ -45,7 +45,7 @@ def show_run(out: Output, results: Document, following: str) -> None:
 
 def show_evaluation(out: Output, results: Document, *lines: str) -> None:
     """Show what ``evaluate`` found, or ``train``, and further lines."""
-    tables = [report.summary(results), report.positions(results)]
+    tables = [report.summary(results), report.positions(results), report.tasks(results)]
     out.result(results, *filter(None, tables), *lines)
     out.note(_took(results))
 
@@ -64,6 +64,8 @@ def show_export(out: Output, results: Document) -> None:
         f'load it with: AutoModelForCausalLM.from_pretrained("{found["folder"]}", '
         "trust_remote_code=True)"
     )
+    if found["serve"]:
+        out.note(f"serve it with: {found['serve'][-1]}")
 
 
 def printable(text: str) -> str:
@@ -91,7 +93,7 @@ def show_inspection(out: Output, found: Document) -> None:
         title = f"{found['run']}: {model['id']} ({model['family']}), compressed"
         tables = [report.summary(found)] if found["parameters"] else []
         tables += [*_planned(found), report.costs(found["cost"])]
-        tables += [_capacity(found), _engines(found)]
+        tables += [_capacity(found), report.engines(found["serving"])]
     plot = [f"drawn in {found['plot']}"] if found.get("plot") else []
     out.result(found, title, *tables, *plot)
 
@@ -216,7 +218,7 @@ def _serving(layout: Document) -> list[str]:
     return [
         engine["backend"]
         for engine in layout["serving"]
-        if engine["serves"] and engine["backend"] != "generate()" and "own" not in engine["note"]
+        if engine["serves"] and engine["backend"] != "generate()" and not engine["own_code"]
     ]
 
 
@@ -238,11 +240,3 @@ def _capacity(found: Document) -> Table:
     header = ("ranks", *per_rank)
     row = ("tokens per GiB on each", *(f"{tokens:,}" for tokens in per_rank.values()))
     return Table("under tensor parallelism, 16 bit", header, (row,))
-
-
-def _engines(found: Document) -> Table:
-    rows = tuple(
-        (engine["engine"], engine["backend"], "yes" if engine["serves"] else "no", engine["note"])
-        for engine in found["serving"]
-    )
-    return Table("who serves it", ("engine", "attention", "serves", ""), rows, words=4)

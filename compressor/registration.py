@@ -21,7 +21,7 @@ def register_when_needed() -> None:
     its own imports when it imports its auto classes.
     """
     wrapt.register_post_import_hook(_announce, AUTO)
-    for name in _names():
+    for name in family_names():
         wrapt.register_post_import_hook(partial(_register, name), f"vdcompress.modeling.{name}")
 
 
@@ -40,7 +40,7 @@ def register(*names: str) -> None:
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
 
 
-def _names() -> set[str]:
+def family_names() -> set[str]:
     """Return what ``families.available()`` does, without importing the families."""
     modules = pkgutil.iter_modules([str(Path(__file__).parent / "families")])
     return {module.name for module in modules} - {"base"}
@@ -60,7 +60,7 @@ class _Announced(dict[str, Any]):
 
     def __init__(self, registered: dict[str, Any]) -> None:
         super().__init__(registered)
-        self.ours = {PREFIX + name: name for name in _names()}
+        self.ours = {PREFIX + name: name for name in family_names()}
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(key) or key in self.ours

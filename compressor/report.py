@@ -1,4 +1,4 @@
-"""Results as tables and as a model card, from the JSON of a run and nothing else."""
+"""Results as tables, from the JSON of a run and nothing else."""
 
 from __future__ import annotations
 
@@ -80,6 +80,17 @@ def positions(results: Results) -> Table | None:
     return Table("perplexity by position", ("tokens", *names), tuple(rows)) if rows else None
 
 
+def tasks(results: Results) -> Table | None:
+    """Return what lm-evaluation-harness found, None if it was not asked."""
+    rows = [
+        (name, metric, f"{values['base']:.4g}", f"{values['compressed']:.4g}")
+        for name, metrics in (results.get("tasks") or {}).items()
+        for metric, values in metrics.items()
+    ]
+    header = ("task", "metric", "base", "compressed")
+    return Table("lm-evaluation-harness", header, tuple(rows), words=2) if rows else None
+
+
 def layers(plan: Results) -> Table:
     """Return what each layer keeps in its cache; equal layers share a row."""
     header = ("layers", "K latents", "rotary", "V latents", "K numbers", "V numbers", "bits K / V")
@@ -139,6 +150,26 @@ def costs(cost: Results) -> Table:
     return Table("attention, all layers", ("", "base", "compressed", "change"), rows)
 
 
+def engines(verdicts: Sequence[Results]) -> Table:
+    """Return which engine takes a model, with which of its own low-bit caches, or why not.
+
+    Args:
+        verdicts: ``serving`` of a document.
+    """
+    rows = tuple(
+        (
+            verdict["engine"],
+            verdict["backend"],
+            "yes" if verdict["serves"] else "no",
+            ", ".join(verdict["cache_dtypes"]) or NONE,
+            verdict["note"],
+        )
+        for verdict in verdicts
+    )
+    header = ("engine", "attention", "serves", "low-bit caches", "")
+    return Table("who serves it", header, rows, words=5)
+
+
 def is_per_head(plan: Results) -> bool:
     """Say whether a plan narrows V alone, with a latent for each of several heads."""
     heads, full = plan["shape"]["kv_heads"], plan["shape"]["head_dim"]
@@ -148,50 +179,6 @@ def is_per_head(plan: Results) -> bool:
         and plan["k_groups"] == plan["v_groups"] == heads
         and plan["v_dim"] not in (None, heads * full)
     )
-
-
-def model_card(results: Results) -> str:
-    """Return the README.md of an artefact folder.
-
-    Args:
-        results: the JSON of ``apply``, ``finetune`` or ``export``.
-    """
-    model, plan, cache = results["model"], results["plan"], results["kv_cache"]
-    name = str(model["id"]).rstrip("/").split("/")[-1]
-    parts = [
-        _front_matter(str(model["id"]), str(model["family"])),
-        f"# {name} with a {100 * cache['reduction']:.4g}% smaller key/value cache",
-        f"This is `{name}`, compressed in its architecture by vdcompress. Attention runs on the "
-        "narrow latents as they are cached; nothing is restored to full width.",
-        summary(results).markdown(),
-    ]
-    if gate := results.get("gate"):
-        parts.append(_gate_line(gate))
-    if (table := positions(results)) is not None:
-        parts += ["## Perplexity by position", table.markdown()]
-    if (results.get("healing") or {}).get("epochs"):
-        parts += ["## Healing", f"![Perplexity by epoch]({CURVES})"]
-    parts += [
-        "## What the cache keeps",
-        layers(plan).markdown(),
-        *([kept.markdown()] if (kept := frequencies(plan)) else []),
-        "## Use",
-        _USE,
-        "## How it was made",
-        "`recipe.yaml` repeats it; `results.json` holds every figure; `vdcompress.json` the plan.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-_USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-ids = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))
-```"""
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -207,21 +194,6 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _front_matter(base_id: str, family: str) -> str:
-    hub = base_id.count("/") == 1 and base_id[0] not in "./~"
-    base = [f"base_model: {base_id}"] if hub else []
-    lines = ["library_name: transformers", *base, "tags:", "  - kv-cache", f"  - {family}"]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _gate_line(gate: Results) -> str:
-    verdict = "passed" if gate["passed"] else "**missed**"
-    return (
-        f"Quality gate {verdict}: perplexity {gate['ratio']:.4f} times the base's, "
-        f"{gate['max_ratio']:g} allowed."
-    )
 
 
 def _runs(cells: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:

@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ SAYS = {
     "reload_anywhere": r"3  \[1, 4, \d+, 64\] +\[1, 4, \d+, 24\]",
     "half_the_cache": r"2048 bytes per token.*\n  perplexity \d\.\d+ -> \d\.\d+",
     "compare_starts": r"optimal( +\d+\.\d{3}){4}\n",
+    "evaluate_with_lm_eval": r"next_line acc_norm [01]\.\d{3} of 16 by --model hf",
 }
 WRITES = ("step_by_step",)
+NEEDS = {"evaluate_with_lm_eval": "lm_eval"}
 
 
 def test_every_example_is_listed() -> None:
@@ -40,6 +43,8 @@ def test_it_runs_in_this_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_runs_alone(name: str, tmp_path: Path) -> None:
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
     output = ["exported"] if name in WRITES else []
     ended = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *output, "--quick"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from synthetic import model_gains
 from vdcompress import report
+from vdcompress.card import model_card
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.pipeline.planning import predicted
 from vdcompress.plan import ModelShape, Plan, make_plan
@@ -24,7 +25,7 @@ MIXED = Plan(
 def test_the_card_shows_what_the_results_hold(tiny_run: Path) -> None:
     results = json.loads((tiny_run / "results.json").read_text())
     card = (tiny_run / "README.md").read_text()
-    assert card == report.model_card(results)
+    assert card == model_card(results)
     assert "25% smaller key/value cache" in card
     assert "| parameters | 100,864 | 92,608 | -8.19% |" in card
     assert "base_model" not in card  # a folder, not an id on the hub
@@ -33,7 +34,7 @@ def test_the_card_shows_what_the_results_hold(tiny_run: Path) -> None:
 def test_a_hub_model_is_named_as_the_base(tiny_run: Path) -> None:
     results = json.loads((tiny_run / "results.json").read_text())
     results["model"]["id"] = "EleutherAI/pythia-70m"
-    card = report.model_card(results)
+    card = model_card(results)
     assert "base_model: EleutherAI/pythia-70m" in card
     assert "# pythia-70m with a" in card
 

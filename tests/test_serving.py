@@ -53,7 +53,10 @@ def test_latents_are_replicated_beyond_their_groups() -> None:
 
 
 def test_two_layouts_are_two_whatever_their_numbers() -> None:
-    assert "TRITON_ATTN" not in serves(layer(64, 64, groups=64), layer(128, 128, groups=64))
+    layers = [layer(64, 64, groups=64), layer(128, 128, groups=64)]
+    by_backend = {verdict.backend: verdict for verdict in serving.verdicts(layers)}
+    assert by_backend["TRITON_ATTN"].own_code
+    assert not by_backend["triton, fa3, fa4"].serves
 
 
 def test_keys_behind_rope_count_as_one_latent() -> None:
@@ -66,16 +69,65 @@ def test_keys_behind_rope_count_as_one_latent() -> None:
     ("layers", "most"),
     [
         ([layer(64, 64, groups=8)], 8),
-        ([layer(64, 64, groups=1)], 1),
+        ([layer(64, 64, groups=1)], None),
         ([layer(64, 64, groups=8, v_groups=2)], 2),
         ([LayerLayout(Part(8, 40, maps="per_head"), NopePart(8, 40), RotaryPart(8, 0))], 1),
         ([LayerLayout(Part(8, 40), NopePart(8, 40, maps="per_head"), RotaryPart(8, 0))], 1),
     ],
 )
-def test_tensor_parallelism_cuts_between_latents_only(layers: list[LayerLayout], most: int) -> None:
+def test_tensor_parallelism_cuts_between_latents_only(
+    layers: list[LayerLayout], most: int | None
+) -> None:
     assert serving.ranks(layers) == most
+    words = {None: "as many ranks as divide the heads", 1: "one rank"}.get(
+        most, f"up to {most} ranks"
+    )
     notes = [v.note for v in serving.verdicts(layers) if v.serves and v.engine.startswith("SGLang")]
-    assert all((f"up to {most} ranks" if most > 1 else "one rank") in note for note in notes)
+    assert all(words in note for note in notes)
+
+
+def test_what_vllm_refuses_with_the_plugin_it_says() -> None:
+    assert not serving.vllm_problems([layer(64, 40)])
+    assert not serving.vllm_problems([layer(64, 64), layer(40, 40)])
+    [uneven] = serving.vllm_problems([layer(64, 64, groups=8, v_groups=1)])
+    assert "8 and 1" in uneven
+    [differ] = serving.vllm_problems([layer(64, 40), layer(64, 48)])
+    assert "all layers have to be alike" in differ
+    rotary = RotaryPart(8, 16, frequencies=tuple(range(8)))
+    packed = LayerLayout(Part(8, 64, bits=8, quantizer="x"), NopePart(8, 48), rotary)
+    [bits] = serving.vllm_problems([packed])
+    assert "--kv-cache-dtype" in bits
+
+
+def test_low_bit_caches_go_with_equal_widths() -> None:
+    low = {"int8_per_token_head", "int4_per_token_head"}
+    equal = {v.backend: v for v in serving.verdicts([layer(192, 192, groups=1)])}
+    assert low <= set(equal["TRITON_ATTN"].cache_dtypes)
+    assert "fp8" in equal["CPU_ATTN"].cache_dtypes
+    unequal = {v.backend: v for v in serving.verdicts([layer(64, 40)])}
+    assert all(not low & set(verdict.cache_dtypes) for verdict in unequal.values())
+    assert "int8 and int4 caches want K = V" in unequal["TRITON_ATTN_DIFFKV"].note
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "version", "blackwell", "takes"),
+    [
+        (64, 40, 3, False, True),
+        (64, 64, 3, False, True),
+        (128, 80, 3, False, False),
+        (192, 128, 3, False, True),
+        (192, 96, 3, False, False),
+        (40, 64, 3, False, False),
+        (64, 40, 2, False, False),
+        (128, 80, 4, False, True),
+        (192, 128, 4, True, False),
+        (64, 36, 4, False, False),
+    ],
+)
+def test_flash_attention_kernels(
+    k: int, v: int, version: int, blackwell: bool, takes: bool
+) -> None:
+    assert serving.flash_takes_unequal(k, v, version, blackwell) is takes
 
 
 def test_widths_that_the_main_backend_takes() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,19 @@ class LatentConfig:
     head_dim: int | None = None
     v_head_dim: int | None = None
     num_key_value_heads: int | None = None
+    base_model_tp_plan: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Keep a latent that all heads share whole on every rank of tensor parallelism."""
+        layouts = [LayerLayout.from_json(layer) for layer in self.kv_layout or ()]
+        whole = {"k_proj": [layout.k_groups == 1 for layout in layouts]}
+        whole["v_compress"] = [layout.v_groups == 1 for layout in layouts]
+        self.base_model_tp_plan = {
+            name: style
+            for name, style in type(self).base_model_tp_plan.items()
+            if not any(whole.get(name.rsplit(".", 1)[-1], ()))
+        }
+        super().__post_init__(**kwargs)
 
     def layer_layout(self, layer: int) -> LayerLayout:
         """Return the layout of one layer."""
@@ -118,6 +131,12 @@ class HeadMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply each head's own matrix, and its bias if there is one."""
+        if x.shape[1] != self.weight.shape[0]:
+            raise ValueError(
+                f"maps for {self.weight.shape[0]} heads met {x.shape[1]}: tensor parallelism does "
+                "not cut maps per head; 'vdcompress export --for vllm' folds what it can, and "
+                "vdcompress's plugin for vLLM cuts the others"
+            )
         y = torch.einsum("bhti,hio->bhto", x, self.weight)
         return y if self.bias is None else y + self.bias
 
@@ -174,20 +193,31 @@ class LatentAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Map [b, t, hidden] to query [b, h, t, k], key [b, g, t, k] and value [b, g', t, v]."""
-        layout = self.layout
+        layout, d = self.layout, self.config.base_head_dim
+        self._require_plugin()
         cos, sin = position_embeddings
-        query = _heads(self.q_proj(hidden_states), self.config.num_attention_heads)
-        value = _heads(self.v_compress(hidden_states), layout.v_groups)
+        query_width = layout.k_head_dim if self.q_expand is None else d
+        query = _heads(self.q_proj(hidden_states), query_width)
+        value = _heads(self.v_compress(hidden_states), layout.v_head_dim)
         if self.k_compress is not None:
-            key = _heads(self.k_proj(hidden_states), self.config.base_kv_heads)
+            key = _heads(self.k_proj(hidden_states), d)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            key = self.k_compress(_join_heads(key, layout.k_groups))
+            key = self.k_compress(_join_heads(key, self.config.base_kv_heads // layout.k_groups))
             return self._expand(query), key, value
         if layout.k_rotary.frequencies != tuple(range(cos.shape[-1])):
             kept = list(layout.k_rotary.frequencies)
             cos, sin = cos[..., kept], sin[..., kept]
-        key = _heads(self.k_proj(hidden_states), layout.k_groups)
+        key = _heads(self.k_proj(hidden_states), layout.k_head_dim)
         return rotate(self._expand(query), cos, sin), rotate(key, cos, sin), value
+
+    def _require_plugin(self) -> None:
+        """Raise :class:`ValueError` where vLLM alone would pad V, or take one width for all."""
+        alike = self.head_dim == self.v_head_dim == self.config.head_dim
+        if self.config._attn_implementation == "vllm" and not alike:
+            raise ValueError(
+                "vLLM alone takes K and V equally wide, in all layers alike; for this model "
+                "install its plugin beside it: pip install vdcompress"
+            )
 
     def _expand(self, query: Tensor) -> Tensor:
         return query if self.q_expand is None else self.q_expand(query)
@@ -199,14 +229,14 @@ class LatentAttention(nn.Module):
         return attended.flatten(-2)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[b, t, h * width] -> [b, h, t, width]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _heads(x: Tensor, width: int) -> Tensor:
+    """[b, t, h * width] -> [b, h, t, width], however many heads this process holds."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
-def _join_heads(x: Tensor, groups: int) -> Tensor:
-    """[b, n * g, t, d] -> [b, g, t, n * d]: the keys of a group's heads side by side."""
-    return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(-2)
+def _join_heads(x: Tensor, heads: int) -> Tensor:
+    """[b, g * n, t, d] -> [b, g, t, n * d]: the keys of the n heads of a group side by side."""
+    return x.unflatten(1, (-1, heads)).transpose(2, 3).flatten(-2)
 
 
 class LatentModel:

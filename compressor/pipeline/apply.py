@@ -10,6 +10,7 @@ from typing import Any
 from vdcompress import runs
 from vdcompress.artifact import Compressed, require_free, write_artifact
 from vdcompress.calibrate import calibrate
+from vdcompress.card import model_card
 from vdcompress.events import OnEvent, Stopwatch, ignore
 from vdcompress.load import Base, BaseConfig, load, load_config
 from vdcompress.pipeline import text
@@ -32,7 +33,6 @@ from vdcompress.pipeline.settings import (
 from vdcompress.pipeline.streaming import apply_streaming, exceeds
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
-from vdcompress.report import model_card
 from vdcompress.statistics import Statistics
 
 

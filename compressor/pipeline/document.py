@@ -17,7 +17,7 @@ from vdcompress.recipe import Recipe
 
 if TYPE_CHECKING:
     from vdcompress.cache_size import CacheSize
-    from vdcompress.families import Family
+    from vdcompress.families.base import Family
     from vdcompress.load import BaseConfig
 
 SCHEMA = 1
@@ -98,6 +98,12 @@ def parameters_of_base(base: BaseConfig) -> dict[str, int | None]:
 
 def counted(family: Family, base: Any, compressed: Any) -> dict[str, int]:
     """Count the parameters of two models, and of the value and key paths of the second."""
+    whole = _count(base, lambda _name: True)
+    return {"base": whole, **compressed_parameters(family, compressed)}
+
+
+def compressed_parameters(family: Family, compressed: Any) -> dict[str, int]:
+    """Count the parameters of a compressed model, shared ones once, and those of both paths."""
     attentions = family.attention_modules(compressed)
 
     def path(*names: str) -> int:
@@ -106,7 +112,6 @@ def counted(family: Family, base: Any, compressed: Any) -> dict[str, int]:
         )
 
     return {
-        "base": _count(base, lambda _name: True),
         "compressed": _count(compressed, lambda _name: True),
         "v_path": path(*V_PATH, family.output_name),
         "k_path": path(*K_PATH),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdcompress.artifact import load_artifact
+from vdcompress import harness
+from vdcompress.artifact import Compressed, load_artifact
 from vdcompress.events import OnEvent, Stopwatch, ignore
+from vdcompress.load import Base
 from vdcompress.pipeline import text
 from vdcompress.pipeline.document import Timed, document, environment, peak_memory
 from vdcompress.pipeline.measure import measure
@@ -20,6 +22,8 @@ def evaluate_run(
     run: Path,
     overrides: Mapping[str, Any] | None = None,
     *,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
     device: str = "cpu",
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
@@ -28,6 +32,8 @@ def evaluate_run(
     Args:
         run: a finished run or exported folder.
         overrides: settings in place of the run's own recipe, such as ``evaluation.data``.
+        tasks: of lm-evaluation-harness, in place of perplexity.
+        limit: examples of each task, None for all.
         device: where to calculate.
         on_event: hears what happens.
     """
@@ -36,6 +42,18 @@ def evaluate_run(
     with Stopwatch(timed).stage("load"):
         compressed = load_artifact(run, device=device)
         base = open_base_of(compressed, device)
+    if tasks:
+        with Stopwatch(timed).stage("evaluate"):
+            found = _on_tasks(compressed, base, tasks, limit)
+        return document(
+            "evaluate",
+            base,
+            compressed.plan,
+            run=str(run),
+            tasks=found,
+            seconds=timed.seconds,
+            environment=environment(device, start_memory),
+        )
     recipe = settle(read_recipe(run).merged(overrides or {}), base.config, timed)
     tokens = text.evaluation_tokens(recipe, compressed.tokenizer)
     measured = measure(compressed, base, tokens, recipe, timed)
@@ -48,3 +66,14 @@ def evaluate_run(
         seconds=timed.seconds,
         environment=environment(device, start_memory),
     )
+
+
+def _on_tasks(
+    compressed: Compressed, base: Base, tasks: Sequence[str], limit: int | None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Run tasks of lm-evaluation-harness on both models."""
+    before, after = (
+        harness.run_tasks(model, compressed.tokenizer, tasks, limit=limit)
+        for model in (base.model, compressed.model)
+    )
+    return harness.compared(before, after)

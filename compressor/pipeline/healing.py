@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vdcompress.artifact import Compressed, load_artifact, write_artifact
+from vdcompress.card import model_card
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
 from vdcompress.heal import Healed, heal
 from vdcompress.healing import processes
@@ -26,7 +27,6 @@ from vdcompress.pipeline.partials import unless_empty
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.plots_healing import pictures
-from vdcompress.report import model_card
 from vdcompress.rounding import round_weights
 
 if TYPE_CHECKING:

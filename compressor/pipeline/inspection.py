@@ -114,7 +114,7 @@ def _compressed(folder: Path) -> dict[str, Any]:
         "positions": results.get("positions"),
         "gate": results.get("gate"),
         "cost": cost(plan),
-        "serving": [asdict(verdict) for verdict in serving.verdicts(plan.layers)],
+        "serving": serving.to_json(serving.verdicts(plan.layers)),
         "tokens_per_gib": _capacity(plan.layers),
     }
 
@@ -160,7 +160,7 @@ def _layout(standard: Standard, shape: ModelShape) -> dict[str, Any]:
         **_cache(plan),
         "folded": plan_cost(folded).to_json(),
         "per_head": plan_cost(per_head).to_json(),
-        "serving": [asdict(verdict) for verdict in serving.verdicts(layers)],
+        "serving": serving.to_json(serving.verdicts(layers)),
         "tokens_per_gib": _capacity(layers),
     }
 

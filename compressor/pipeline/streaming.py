@@ -16,6 +16,7 @@ from vdcompress.artifact import (
     write_config,
 )
 from vdcompress.calibrate import GRADIENTS, PULLS
+from vdcompress.card import model_card
 from vdcompress.errors import UsageError
 from vdcompress.evaluate_layerwise import evaluate_stacks
 from vdcompress.events import OnEvent, Stopwatch, Warned, ignore
@@ -25,7 +26,6 @@ from vdcompress.pipeline.document import Timed, document, environment, judged, p
 from vdcompress.pipeline.settings import checked_request, plan_of, request_of, settle, start_of
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe, model_of
-from vdcompress.report import model_card
 from vdcompress.rewrite import needed_statistics
 from vdcompress.rewrite_layerwise import base_stack, compressed_stack, write_compressed
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
 
 FORMAT = 1
+TYPICAL_TOKENS = 2048
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 T = TypeVar("T")
 
@@ -84,11 +85,20 @@ class Plan:
         shape: of the base model.
         layers: one layout for each layer of the base.
         start: how the new weights are found.
+        sinks: first tokens of a sequence that quantisers leave as they are.
+        window: newest tokens that they leave as they are.
     """
 
     shape: ModelShape
     layers: tuple[LayerLayout, ...]
     start: Start = Start()
+    sinks: int = 0
+    window: int = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether a quantiser packs any part of any layer."""
+        return any(layer.packed for layer in self.layers)
 
     def common(self, read: Callable[[LayerLayout], T]) -> T | None:
         """Return the value that ``read`` finds in every layer, None where layers differ."""
@@ -98,24 +108,31 @@ class Plan:
     def cache_bytes(self, tokens: int, dtype: str = "bfloat16") -> int:
         """Exact bytes that the cache holds for ``tokens`` tokens of one sequence.
 
-        Parts of fewer bits count without scales, which belong to a quantiser.
+        Scales, zero points and tokens that are not packed are counted.
 
         Args:
             tokens: tokens stored.
-            dtype: of the latents, ``float32``, ``float16`` or ``bfloat16``.
+            dtype: of numbers that are not packed, ``float32``, ``float16`` or ``bfloat16``.
         """
-        width = 8 * DTYPE_BYTES[dtype]
-        bits = sum(
-            part.dim * (width if part.bits == 16 else part.bits)
+        return sum(
+            part.cache_bytes(
+                tokens,
+                number_bytes=DTYPE_BYTES[dtype],
+                sinks=self.sinks,
+                window=self.window,
+            )
             for layer in self.layers
             for part in layer.parts
         )
-        return -(-tokens * bits // 8)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes per token with 16-bit latents."""
-        return self.cache_bytes(1)
+        """Bytes per token of 16-bit latents and of packed ones, over 2048 tokens, rounded up.
+
+        Sinks, a window or a block of tokens that is not full make a token's share depend on the
+        length of the sequence; without them it does not.
+        """
+        return -(-self.cache_bytes(TYPICAL_TOKENS) // TYPICAL_TOKENS)
 
     @property
     def base_bytes_per_token(self) -> int:
@@ -129,8 +146,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; scalars are null where layers differ and are not read back."""
-        bits = {"v": lambda la: la.v.bits, "k": lambda la: (la.k_nope.bits, la.k_rotary.bits)}
-        k_bits = self.common(bits["k"])
+        k_bits = self.common(lambda la: tuple(p.bits for p in (la.k_nope, la.k_rotary) if p.width))
         return {
             "format": FORMAT,
             "v_dim": self.common(lambda la: la.v_dim),
@@ -138,8 +154,10 @@ class Plan:
             "k_rotary_dim": self.common(lambda la: la.k_rotary.dim),
             "v_groups": self.common(lambda la: la.v_groups),
             "k_groups": self.common(lambda la: la.k_groups),
-            "v_bits": self.common(bits["v"]),
-            "k_bits": k_bits[0] if k_bits and k_bits[0] == k_bits[1] else None,
+            "v_bits": self.common(lambda la: la.v.bits),
+            "k_bits": k_bits[0] if k_bits and len(set(k_bits)) == 1 else None,
+            "sinks": self.sinks,
+            "window": self.window,
             "shape": asdict(self.shape),
             "start": asdict(self.start),
             "layers": [layer.to_json() for layer in self.layers],
@@ -163,6 +181,8 @@ class Plan:
                 shape=ModelShape(**data["shape"]),
                 layers=tuple(LayerLayout.from_json(layer) for layer in data["layers"]),
                 start=Start(**data["start"]),
+                sinks=data.get("sinks", 0),
+                window=data.get("window", 0),
             )
             plan.validate()
         except (KeyError, TypeError) as error:
@@ -187,6 +207,9 @@ class Plan:
                 frequencies=shape.rotary_dim // 2,
             )
             found += [f"layer {index}: {reason}" for reason in reasons]
+        for name in ("sinks", "window"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                found.append(f"{name} {getattr(self, name)!r} is not a number of tokens")
         if found:
             raise PlanError(found)
 

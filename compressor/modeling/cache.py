@@ -92,8 +92,8 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything, the room included."""
-        self._rooms = None
-        super().reset()
+        self._rooms = self.keys = self.values = None
+        self.is_initialized = False
 
     def nbytes(self) -> int:
         """Bytes of the stored latents."""

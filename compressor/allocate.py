@@ -74,7 +74,16 @@ class Keys:
     @property
     def full(self) -> int:
         """The width that keeps everything."""
-        return self.most(len(self._rotary) - 1)
+        return self.most(self.pairs)
+
+    @property
+    def pairs(self) -> int:
+        """All rotary pairs of a latent."""
+        return len(self._rotary) - 1
+
+    def rotary(self, pairs: int) -> tuple[tuple[int, ...], float]:
+        """Return which frequencies so many pairs keep at the least loss, and that loss."""
+        return self._frequencies(pairs), float(self._rotary[pairs])
 
     def most(self, pairs: int) -> int:
         """Return the largest width that keeps this many rotary pairs."""
@@ -87,9 +96,10 @@ class Keys:
             width: of one latent.
             pairs: rotary pairs that it must keep; None leaves the number free.
         """
-        most = len(self._rotary) - 1
         low = max(0, -(-(width - (len(self._nope) - 1)) // 2))
-        numbers = np.arange(low, min(most, width // 2) + 1) if pairs is None else np.array([pairs])
+        numbers = (
+            np.arange(low, min(self.pairs, width // 2) + 1) if pairs is None else np.array([pairs])
+        )
         losses = self._nope[width - 2 * numbers] + self._rotary[numbers]
         kept = int(numbers[int(np.argmin(losses))])
         nope = width - 2 * kept

@@ -133,6 +133,8 @@ class Family(ABC):
             **data
             | {
                 "kv_layout": [layer.to_json() for layer in plan.layers],
+                "kv_sinks": plan.sinks,
+                "kv_window": plan.window,
                 "inv_freq": inv_freq,
                 "rope_scale": rope_scale,
                 "softmax_scale": plan.shape.head_dim**-0.5,

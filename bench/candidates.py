@@ -3,7 +3,8 @@
     VDCOMPRESS_STANDINS=... python bench/candidates.py --device cuda
 
 One calibration, then one row per candidate: perplexity on the three texts, which measure only, and
-on the two held-out ones, by which choices are made. Nothing is trained.
+on the two held-out ones, by which choices are made. Nothing is trained. A row is saved as soon as
+it is there; those that the file has are not made again.
 """
 
 from __future__ import annotations
@@ -842,9 +843,7 @@ def allocations() -> list[Candidate]:
             edit = dropped(name, partial(key_widths, name, step))
             words = f"K per head, 40 on average, widths per layer in steps of {step}, metric {name}"
             rows.append(Candidate(f"K layers {name} step {step}", words, group, build(edit)))
-    edit = dropped("m", partial(key_widths, "m", 8))
-    words = "K per head, 40 on average, widths per layer in steps of 8, metric m"
-    rows += with_repairs("K layers m step 8", words, group, edit, only=("local",))
+    rows += with_repairs("K layers m step 4", words, group, edit, only=("local",))
     for name in ("n", "m"):
         edit = folded(8, name, partial(all_pairs, partial(still_widths, name)))
         words = f"K per head, 40 on average, all rotated pairs kept, metric {name}"
@@ -933,10 +932,16 @@ def main() -> None:
     parser.add_argument("--only", help="keep candidates whose name or group holds this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    file = f"candidates-{MODEL}"
+    every = candidates()
+    places = {row.name: place for place, row in enumerate(every)}
+    kept = record.earlier_rows(file, out=options.out)
+    there = {row["name"] for row in kept}
     rows = [
         row
-        for row in candidates()
-        if not options.only or options.only in f"{row.group}: {row.name}"
+        for row in every
+        if row.name not in there
+        and (not options.only or options.only in f"{row.group}: {row.name}")
     ]
     sets = token_sets.read()
     texts = {name: sets[name] for name in (*standins.TEXTS, *token_sets.HELD_OUT)}
@@ -957,7 +962,7 @@ def main() -> None:
             "seconds": time.perf_counter() - started,
         },
         "base": figures(model, texts, options),
-        "rows": [],
+        "rows": kept,
     }
     for row in rows:
         made = row.build(subject)
@@ -971,10 +976,11 @@ def main() -> None:
                 "group": row.group,
                 "texts": found,
                 "layers": layout(made),
+                "measured": record.environment(),
             }
         )
-        path = record.write(f"candidates-{MODEL}", body, out=options.out)
-    print(path)
+        body["rows"].sort(key=lambda found: places[found["name"]])
+        print(record.write(file, body, out=options.out))
 
 
 def figures(

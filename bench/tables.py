@@ -173,20 +173,16 @@ def latent_bound() -> Table:
 def candidates() -> Table:
     """Show the metrics and repairs that were tried."""
     rows = tuple(
-        (row["group"], row["words"], figures(row["texts"]), held_out(row["texts"]))
+        (row["group"], tried(row), figures(row["texts"]), held_out(row["texts"]))
         for row in results("candidates-pythia-70m-standin")["rows"]
     )
     header = ("what", "candidate", "books / docs / wikitext2", "held-out books / documents")
     return Table("", header, rows, words=2)
 
 
-def earlier_candidates() -> Table:
-    """Show what was tried before ``candidates.py`` had its names."""
-    rows = tuple(
-        (row["name"], figures(row["texts"]), held_out(row["texts"]))
-        for row in results("candidates-earlier-pythia-70m-standin")["rows"]
-    )
-    return Table("", ("candidate", "books / docs / wikitext2", "held-out books / documents"), rows)
+def tried(row: dict[str, Any]) -> str:
+    """Return what a candidate does, marked where another program measured it."""
+    return row["words"] + (" *" if "laboratory" in row["measured"] else "")
 
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -205,7 +201,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "latent-bound": latent_bound,
     **healing_tables.TABLES,
     "candidates": candidates,
-    "candidates-earlier": earlier_candidates,
 }
 
 

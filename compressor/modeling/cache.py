@@ -84,7 +84,8 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything, the room included."""
         self._rooms = (Room(), Room())
-        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
 
     def nbytes(self) -> int:
         """Bytes of the stored latents."""

@@ -223,6 +223,11 @@ def make_plan(
     v_groups: int | None = None,
     k_groups: int | None = None,
     k_rotary_dim: int | None = None,
+    v_bits: int | None = None,
+    k_bits: int | None = None,
+    k_rotary_bits: int | None = None,
+    sinks: int = 0,
+    window: int = 0,
     start: Start | None = None,
 ) -> Plan:
     """Plan uniform widths from the shape alone; what is not named stays as it is.
@@ -236,6 +241,11 @@ def make_plan(
         k_groups: the same for K alone.
         k_rotary_dim: how much of ``k_dim`` is rotary; None keeps all of it, one latent per head.
             A multiple of the base's frequencies keeps each of them equally often.
+        v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
+        k_bits: of K's likewise.
+        k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
+        sinks: first tokens of a sequence that stay in 16 bits.
+        window: newest tokens that stay in 16 bits.
         start: how the new weights are found.
 
     Raises:
@@ -249,6 +259,11 @@ def make_plan(
         v_groups=v_groups,
         k_groups=k_groups,
         k_rotary_dim=k_rotary_dim,
+        v_bits=v_bits,
+        k_bits=k_bits,
+        k_rotary_bits=k_rotary_bits,
+        sinks=sinks,
+        window=window,
     )
     return plan_for(shape, request, start)
 
@@ -278,7 +293,7 @@ def plan_for(
         layers = layers_for(shape, request, gains)
     except KeyError as error:
         raise PlanError([f"the gains hold nothing for {error} groups"]) from error
-    plan = Plan(shape, layers, start or Start())
+    plan = Plan(shape, layers, start or Start(), sinks=request.sinks, window=request.window)
     plan.validate()
     if request.target == VLLM:
         _require_vllm(plan)

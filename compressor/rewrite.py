@@ -154,7 +154,9 @@ def solve_values_of(
         generator=_generator(plan, index),
     )
     solved = _solved_values(problem, plan, index)
-    return rotate_values(solved, part, _generator(plan, index)) if rotates(part) else solved
+    if rotates(part, plan.start.rotate):
+        return rotate_values(solved, part, _generator(plan, index))
+    return solved
 
 
 def _solved_values(problem: ValueProblem, plan: Plan, index: int) -> ValueWeights:
@@ -187,8 +189,9 @@ def solve_keys_of(
         generator=_generator(plan, index),
     )
     solved, layout = _solved_keys(problem, plan, index), problem.layout
-    if rotates(layout.k_nope) or rotates(layout.k_rotary):
-        return rotate_keys(solved, layout, _generator(plan, index))
+    wanted = plan.start.rotate
+    if rotates(layout.k_nope, wanted) or rotates(layout.k_rotary, wanted):
+        return rotate_keys(solved, layout, _generator(plan, index), wanted)
     return solved
 
 

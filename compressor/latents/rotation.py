@@ -43,9 +43,16 @@ def hadamard(size: int) -> Tensor:
     return matrix
 
 
-def rotates(part: Part) -> bool:
-    """Say whether a part is better rotated: numbers of one token share a scale."""
-    return part.packed and SCHEMES[part.quantizer or ""].token_block == 1
+def rotates(part: Part, wanted: bool | None = None) -> bool:
+    """Say whether a part is rotated.
+
+    Args:
+        part: its layout.
+        wanted: None rotates a packed part if numbers of one token share a scale.
+    """
+    if not part.packed or wanted is not None:
+        return part.packed and bool(wanted)
+    return SCHEMES[part.quantizer or ""].token_block == 1
 
 
 def rotate_values(weights: ValueWeights, part: Part, generator: torch.Generator) -> ValueWeights:
@@ -68,15 +75,21 @@ def rotate_values(weights: ValueWeights, part: Part, generator: torch.Generator)
     return replace(turned, o_weight=(by_head @ turn.mT).flatten(1))
 
 
-def rotate_keys(weights: KeyWeights, layout: LayerLayout, generator: torch.Generator) -> KeyWeights:
+def rotate_keys(
+    weights: KeyWeights,
+    layout: LayerLayout,
+    generator: torch.Generator,
+    wanted: bool | None = None,
+) -> KeyWeights:
     """Fold rotations of the parts of each K latent into its path.
 
     Args:
         weights: solved.
         layout: of the layer.
         generator: for random numbers.
+        wanted: as in :func:`rotates`.
     """
-    turn = key_rotation(layout, generator).to(weights.k_weight)
+    turn = key_rotation(layout, generator, wanted).to(weights.k_weight)
     groups, width = layout.k_groups, layout.k_head_dim
     if weights.k_compress is not None and weights.k_shift is not None:
         written = replace(
@@ -97,11 +110,13 @@ def rotate_keys(weights: KeyWeights, layout: LayerLayout, generator: torch.Gener
     )
 
 
-def key_rotation(layout: LayerLayout, generator: torch.Generator) -> Tensor:
+def key_rotation(
+    layout: LayerLayout, generator: torch.Generator, wanted: bool | None = None
+) -> Tensor:
     """Return the orthogonal map [k, k] of a whole K latent, rotary numbers first, float64."""
     rotary, nope = layout.k_rotary, layout.k_nope
-    turned = rotary_rotation(rotary, generator) if rotates(rotary) else _identity(rotary)
-    still = rotation(nope.width, generator) if rotates(nope) else _identity(nope)
+    turned = rotary_rotation(rotary, generator) if rotates(rotary, wanted) else _identity(rotary)
+    still = rotation(nope.width, generator) if rotates(nope, wanted) else _identity(nope)
     return torch.block_diag(turned, still)
 
 

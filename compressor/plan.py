@@ -11,14 +11,13 @@ from vdcompress import serving
 from vdcompress.budget import layers_for
 from vdcompress.errors import PlanError
 from vdcompress.modeling import layout as layouts
-from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.request import VLLM, Request
 
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
 
 FORMAT = 1
-TYPICAL_TOKENS = 2048
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 T = TypeVar("T")
 
@@ -68,13 +67,15 @@ class Start:
         initializer: name of a module in ``vdcompress.initializers``.
         refit: ``none``, or ``local`` for the joint refit of the output projection.
         alternate: rounds of alternation after the refit.
-        seed: of the random initialiser.
+        seed: of the random initialiser, and of rotations.
+        rotate: whether packed latents are rotated; None where numbers of a token share a scale.
     """
 
     initializer: str = "optimal"
     refit: str = "local"
     alternate: int = 2
     seed: int = 0
+    rotate: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Plan:
     def packed(self) -> bool:
         """Whether a quantiser packs any part of any layer."""
         return any(layer.packed for layer in self.layers)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's share of the bytes depends on the length of its sequence."""
+        return self.cache_bytes(TYPICAL_TOKENS) != TYPICAL_TOKENS * self.cache_bytes(1)
 
     def common(self, read: Callable[[LayerLayout], T]) -> T | None:
         """Return the value that ``read`` finds in every layer, None where layers differ."""

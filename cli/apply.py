@@ -10,6 +10,7 @@ from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
 from vdcompress.cli.show import show_plan, show_run
+from vdcompress.cli.values import bits as read_bits
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
@@ -64,6 +65,14 @@ def apply(
         o.Allocation | None,
         typer.Option(
             help="Widths of all layers alike, or by layer at the same bytes.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="Of all latents: 16, 8, 4, 3, 2; auto lets --kv-budget choose.",
             rich_help_panel=o.KEPT,
         ),
     ] = None,
@@ -142,6 +151,8 @@ def apply(
     Half of the cache, wherever it costs least: vdcompress apply pythia-70m --kv-budget 0.5
 
     All of it in few bits: vdcompress apply pythia-70m --k-bits 8 --v-bits 4
+
+    Widths and bits from one budget: vdcompress apply pythia-70m --kv-budget 0.25 --bits auto
     """
     with session(Flags(json, quiet, verbose, debug)) as out:
         overrides: dict[str, Any] = {
@@ -157,6 +168,7 @@ def apply(
             "plan.k_rotary_dim": k_rotary_dim,
             "plan.kv_budget": kv_budget,
             "plan.allocation": allocation and allocation.value,
+            "plan.bits": read_bits(bits),
             "plan.v_bits": v_bits,
             "plan.k_bits": k_bits,
             "plan.k_rotary_bits": k_rotary_bits,

@@ -11,21 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from vdcompress.allocate import Curve, Keys, allocate, widths
+from vdcompress.bits import bits_per_token, packed, relative_error
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
-from vdcompress.modeling.schemes import DEFAULTS, SCHEMES
 
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
     from vdcompress.plan import ModelShape
 
-NUMBER_BITS = 16
 PAIR_STEP = 4
-SEED, SAMPLE = 0, 4096
-P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,8 @@ class Choices:
         v_groups: numbers of latents of V.
         k_groups: numbers of latents of K.
         v_bits: bits of V.
-        k_bits: bits of K, of either of its parts.
+        k_bits: bits of K, its rotary part aside.
+        k_rotary_bits: bits of that.
         by_layer: whether layers may differ.
     """
 
@@ -71,6 +68,7 @@ class Choices:
     k_groups: Sequence[int]
     v_bits: Sequence[int]
     k_bits: Sequence[int]
+    k_rotary_bits: Sequence[int]
     by_layer: bool = True
 
 
@@ -87,7 +85,7 @@ def spend(
     """
     alike = [[layer] for layer in gains] if choices.by_layer else [list(gains)]
     values = {g: [_values(part, g, choices.v_bits) for part in alike] for g in choices.v_groups}
-    keys = {g: [_keys(shape, part, g, choices.k_bits) for part in alike] for g in choices.k_groups}
+    keys = {g: [_keys(shape, part, g, choices) for part in alike] for g in choices.k_groups}
     best: Spent | None = None
     for v, k in itertools.product(choices.v_groups, choices.k_groups):
         if max(v, k) % min(v, k):
@@ -122,17 +120,19 @@ def _values(layers: Sequence[LayerGains], groups: int, bits: Sequence[int]) -> l
 
 
 def _keys(
-    shape: ModelShape, layers: Sequence[LayerGains], groups: int, bits: Sequence[int]
+    shape: ModelShape, layers: Sequence[LayerGains], groups: int, choices: Choices
 ) -> list[Option]:
     """Return the ways to keep K of layers that are alike, cheapest first."""
     whole = shape.rotary_dim == shape.head_dim
     empty = NopePart(groups, 0)
     if whole:
         empty = NopePart(groups, 0, maps="per_head", after_rope=True)
+    bits = choices.k_bits
     still = thinned(_together([_nope_options(layer, groups, bits, empty) for layer in layers]))
     if whole:
         turned = [Option(0, 0.0, (RotaryPart(groups, 0, maps="per_head"),) * len(layers))]
     else:
+        bits = choices.k_rotary_bits
         turned = thinned(_together([_rotary_options(layer, groups, bits) for layer in layers]))
     both = (a + b for a, b in itertools.product(still, turned))
     return thinned(option for option in both if option.size)
@@ -183,39 +183,3 @@ def thinned(options: Iterable[Option]) -> list[Option]:
         if not kept or option.loss < kept[-1].loss:
             kept.append(option)
     return kept
-
-
-def packed(part: P, bits: int) -> P:
-    """Return a part in so many bits, by the default quantiser for them."""
-    if bits == NUMBER_BITS or not part.width:
-        return part
-    return replace(part, bits=bits, quantizer=DEFAULTS[bits])
-
-
-def bits_per_token(part: Part) -> int:
-    """Return the bits of a part's numbers, scales and zero points, over a long sequence."""
-    if not part.packed:
-        return part.dim * NUMBER_BITS
-    scheme = SCHEMES[part.quantizer or ""]
-    block = scheme.packed_bytes(scheme.token_block, part.width, part.bits)
-    return -(-8 * part.groups * block // scheme.token_block)
-
-
-def relative_error(part: Part) -> float:
-    """Return the variance of a packed part's error by that of its numbers; 0 where not packed."""
-    if not part.packed:
-        return 0.0
-    scheme = SCHEMES[part.quantizer or ""]
-    return _measured_error(scheme.name, part.bits, part.width // scheme.blocks(part.width))
-
-
-@cache
-def _measured_error(name: str, bits: int, block: int) -> float:
-    """Round normal numbers, a block to a scale, and return the relative mean square error."""
-    import torch
-
-    from vdcompress.modeling.quantizers import quantizer
-
-    numbers = torch.randn(SAMPLE, block, generator=torch.Generator().manual_seed(SEED))
-    error = quantizer(name, bits).read_back(numbers) - numbers
-    return float(error.double().square().mean() / numbers.double().square().mean())

@@ -1,18 +1,20 @@
-"""Give a layer's latents the bits that a request asks for, and what it leaves open."""
+"""The bits of a layer's latents: as a request asks for them, what they cost and what they lose."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
-from vdcompress.modeling.schemes import DEFAULTS
+from vdcompress.modeling.schemes import DEFAULTS, SCHEMES
+from vdcompress.request import NUMBER_BITS
 
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
     from vdcompress.request import Request
 
-ROTARY_BITS = 8
+SEED, SAMPLE = 0, 4096  # numbers that a quantiser's error is measured on
 AnyPart = TypeVar("AnyPart", bound=Part)
 
 
@@ -26,26 +28,23 @@ def with_bits(layer: LayerLayout, request: Request, shape: ModelShape) -> LayerL
         request: what is asked.
         shape: of the base.
     """
-    v_bits, k_bits = request.v_bits or 16, request.k_bits or 16
-    if k_bits < 16 and shape.rotary_dim == shape.head_dim and layer.k_rotary.width:
+    (v_bits,), (k_bits,), (rotary_bits,) = (
+        request.v_choices,
+        request.k_choices,
+        request.k_rotary_choices,
+    )
+    if k_bits < NUMBER_BITS and shape.rotary_dim == shape.head_dim and layer.k_rotary.width:
         layer = behind_rope(layer)
     return LayerLayout(
         packed(layer.v, v_bits),
         packed(layer.k_nope, k_bits),
-        packed(layer.k_rotary, rotary_bits(request)),
+        packed(layer.k_rotary, rotary_bits),
     )
-
-
-def rotary_bits(request: Request) -> int:
-    """Return the bits of rotary keys: asked for, or as many as K has and at least 8."""
-    if request.k_rotary_bits is not None:
-        return request.k_rotary_bits
-    return max(request.k_bits or 16, ROTARY_BITS)
 
 
 def packed(part: AnyPart, bits: int) -> AnyPart:
     """Return a part in so many bits, by the quantiser that is best there."""
-    if bits == 16 or not part.width:
+    if bits == NUMBER_BITS or not part.width:
         return part
     return replace(part, bits=bits, quantizer=DEFAULTS[bits])
 
@@ -58,3 +57,32 @@ def behind_rope(layer: LayerLayout) -> LayerLayout:
         k_nope=NopePart(groups, width, maps="per_head", after_rope=True),
         k_rotary=RotaryPart(groups, 0, maps="per_head"),
     )
+
+
+def bits_per_token(part: Part) -> int:
+    """Return the bits of a part's numbers, scales and zero points, over a long sequence."""
+    if not part.packed:
+        return part.dim * NUMBER_BITS
+    scheme = SCHEMES[part.quantizer or ""]
+    block = scheme.packed_bytes(scheme.token_block, part.width, part.bits)
+    return -(-8 * part.groups * block // scheme.token_block)
+
+
+def relative_error(part: Part) -> float:
+    """Return the variance of a packed part's error by that of its numbers; 0 where not packed."""
+    if not part.packed:
+        return 0.0
+    scheme = SCHEMES[part.quantizer or ""]
+    return _measured_error(scheme.name, part.bits, part.width // scheme.blocks(part.width))
+
+
+@cache
+def _measured_error(name: str, bits: int, block: int) -> float:
+    """Round normal numbers, a block to a scale, and return the relative mean square error."""
+    import torch
+
+    from vdcompress.modeling.quantizers import quantizer
+
+    numbers = torch.randn(SAMPLE, block, generator=torch.Generator().manual_seed(SEED))
+    error = quantizer(name, bits).read_back(numbers) - numbers
+    return float(error.double().square().mean() / numbers.double().square().mean())

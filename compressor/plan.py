@@ -229,6 +229,7 @@ def make_plan(
     v_groups: int | None = None,
     k_groups: int | None = None,
     k_rotary_dim: int | None = None,
+    bits: int | None = None,
     v_bits: int | None = None,
     k_bits: int | None = None,
     k_rotary_bits: int | None = None,
@@ -247,6 +248,7 @@ def make_plan(
         k_groups: the same for K alone.
         k_rotary_dim: how much of ``k_dim`` is rotary; None keeps all of it, one latent per head.
             A multiple of the base's frequencies keeps each of them equally often.
+        bits: of both sides where they do not say their own.
         v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
         k_bits: of K's likewise.
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
@@ -265,6 +267,7 @@ def make_plan(
         v_groups=v_groups,
         k_groups=k_groups,
         k_rotary_dim=k_rotary_dim,
+        bits=bits,
         v_bits=v_bits,
         k_bits=k_bits,
         k_rotary_bits=k_rotary_bits,

@@ -54,6 +54,7 @@ class PlanSection(Section):
     k_rotary_dim: int | None = None
     kv_budget: float | None = None
     allocation: Literal["uniform", "layers"] | None = None
+    bits: Bits | Literal["auto"] | None = None
     v_bits: Bits | None = None
     k_bits: Bits | None = None
     k_rotary_bits: Bits | None = None

@@ -15,6 +15,7 @@ UNIFORM, LAYERS = "uniform", "layers"
 TRANSFORMERS, VLLM = "transformers", "vllm"
 ALLOCATIONS, TARGETS = (UNIFORM, LAYERS), (TRANSFORMERS, VLLM)
 STEP = 8
+AUTO, NUMBER_BITS, ROTARY_BITS = "auto", 16, 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Request:
         kv_budget: fraction of the base's bytes per token, in place of ``v_dim`` and ``k_dim``.
         allocation: ``uniform``, or ``layers`` for widths that differ by layer at the same bytes;
             None is ``layers`` for a budget whose target takes that, else ``uniform``.
-        v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
+        bits: of both sides where they do not say their own; ``auto`` lets a ``kv_budget`` choose
+            those of every layer and part.
+        v_bits: of V's latents, 16, 8, 4, 3 or 2; None is ``bits``, else 16.
         k_bits: of K's likewise.
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
         sinks: first tokens of a sequence that stay in 16 bits.
@@ -48,6 +51,7 @@ class Request:
     k_rotary_dim: int | None = None
     kv_budget: float | None = None
     allocation: str | None = None
+    bits: int | str | None = None
     v_bits: int | None = None
     k_bits: int | None = None
     k_rotary_bits: int | None = None
@@ -80,8 +84,32 @@ class Request:
     @property
     def packs(self) -> bool:
         """Whether any part shall have fewer than 16 bits."""
-        asked = (self.v_bits, self.k_bits, self.k_rotary_bits)
-        return any(bits is not None and bits < 16 for bits in asked)
+        choices = (self.v_choices, self.k_choices, self.k_rotary_choices)
+        return any(bits < NUMBER_BITS for found in choices for bits in found)
+
+    @property
+    def v_choices(self) -> tuple[int, ...]:
+        """The bits that V may have."""
+        return self._bits_of(self.v_bits)
+
+    @property
+    def k_choices(self) -> tuple[int, ...]:
+        """The bits that K may have, its rotary part aside."""
+        return self._bits_of(self.k_bits)
+
+    @property
+    def k_rotary_choices(self) -> tuple[int, ...]:
+        """The bits that the rotary part of K may have; where K's are named, at least 8."""
+        if self.k_rotary_bits is not None:
+            return (self.k_rotary_bits,)
+        if self.k_bits is None and self.bits == AUTO:
+            return BITS
+        return tuple(max(bits, ROTARY_BITS) for bits in self.k_choices)
+
+    def _bits_of(self, own: int | None) -> tuple[int, ...]:
+        if own is not None:
+            return (own,)
+        return BITS if self.bits == AUTO else (int(self.bits or NUMBER_BITS),)
 
     @property
     def by_layer(self) -> bool:
@@ -127,6 +155,7 @@ class Request:
         words += [f"v{self.v_dim}"] if self.v_dim is not None else []
         words += [f"k{self.k_dim}"] if self.k_dim is not None else []
         words += [f"r{self.k_rotary_dim}"] if self.k_rotary_dim is not None else []
+        words += [f"b{self.bits}"] if self.bits is not None else []
         bits = (("vb", self.v_bits), ("kb", self.k_bits), ("rb", self.k_rotary_bits))
         words += [f"{name}{number}" for name, number in bits if number is not None]
         words += [f"s{self.sinks}"] if self.sinks else []
@@ -192,17 +221,19 @@ class Request:
 
     def _bits_problems(self) -> list[str]:
         found = []
-        for name in ("v_bits", "k_bits", "k_rotary_bits"):
+        for name in ("bits", "v_bits", "k_bits", "k_rotary_bits"):
             bits = getattr(self, name)
-            if bits is not None and bits not in BITS:
+            if bits is not None and bits not in BITS and (name, bits) != ("bits", AUTO):
                 found.append(f"{name} {bits} is none of {', '.join(map(str, BITS))}")
+        if found:
+            return found
         for name in ("sinks", "window"):
             if getattr(self, name) < 0:
                 found.append(f"{name} {getattr(self, name)} is below zero")
             if getattr(self, name) and not self.packs:
                 found.append(f"{name} without bits: every token stays in 16 bits")
-        if self.packs and self.kv_budget is not None:
-            found.append("kv_budget excludes bits: name widths")
+        if self.bits == AUTO and self.kv_budget is None:
+            found.append("bits auto needs a kv_budget to spend")
         if self.packs and self.target == VLLM:
             found.append("vllm has no cache of packed latents")
         return found

@@ -9,15 +9,8 @@ from dataclasses import replace
 import pytest
 
 from synthetic import model_gains
-from vdcompress.bit_budget import (
-    Choices,
-    Option,
-    bits_per_token,
-    packed,
-    relative_error,
-    spend,
-    thinned,
-)
+from vdcompress.bit_budget import Choices, Option, spend, thinned
+from vdcompress.bits import bits_per_token, packed, relative_error
 from vdcompress.gains import LayerGains, LayerRounding
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.plan import ModelShape, Plan
@@ -85,7 +78,7 @@ def test_no_pair_of_options_loses_less(shape: ModelShape) -> None:
     gains = gains_of(one)[:1]
     every = list(_every_layout(one, gains[0], groups=1))
     for budget in (150, 220, 300, 450, 700):
-        choices = Choices((1,), (1,), BITS, BITS)
+        choices = Choices((1,), (1,), BITS, BITS, BITS)
         found = spend(one, gains, budget, choices)
         assert found is not None
         least = min(lost(layer, gains[0]) for layer in every if bits_of(layer) <= budget)
@@ -120,7 +113,7 @@ def _every_layout(shape: ModelShape, gains: LayerGains, groups: int) -> list[Lay
 def test_more_bytes_never_lose_more() -> None:
     gains, before = gains_of(TINY), math.inf
     for budget in range(200, 2200, 100):
-        found = spend(TINY, gains, budget, Choices((1, 2), (1, 2), BITS, BITS))
+        found = spend(TINY, gains, budget, Choices((1, 2), (1, 2), BITS, BITS, BITS))
         assert found is not None
         assert found.loss <= before + 1e-12
         assert sum(map(bits_of, found.layers)) <= budget
@@ -129,8 +122,8 @@ def test_more_bytes_never_lose_more() -> None:
 
 def test_layers_that_are_alike_have_the_same_widths_and_bits() -> None:
     gains = gains_of(TINY)
-    alike = spend(TINY, gains, 700, Choices((1, 2), (1, 2), BITS, BITS, by_layer=False))
-    free = spend(TINY, gains, 700, Choices((1, 2), (1, 2), BITS, BITS))
+    alike = spend(TINY, gains, 700, Choices((1, 2), (1, 2), BITS, BITS, BITS, by_layer=False))
+    free = spend(TINY, gains, 700, Choices((1, 2), (1, 2), BITS, BITS, BITS))
     assert alike is not None
     assert free is not None
     seen = {tuple((p.groups, p.width, p.bits) for p in layer.parts) for layer in alike.layers}
@@ -140,11 +133,11 @@ def test_layers_that_are_alike_have_the_same_widths_and_bits() -> None:
 
 
 def test_nothing_fits_a_budget_below_the_narrowest() -> None:
-    assert spend(TINY, gains_of(TINY), 10, Choices((1,), (1,), BITS, BITS)) is None
+    assert spend(TINY, gains_of(TINY), 10, Choices((1,), (1,), BITS, BITS, BITS)) is None
 
 
 def test_only_the_bits_that_may_be_chosen_are() -> None:
-    found = spend(TINY, gains_of(TINY), 600, Choices((1,), (1,), (4,), (8, 16)))
+    found = spend(TINY, gains_of(TINY), 600, Choices((1,), (1,), (4,), (8, 16), (8, 16)))
     assert found is not None
     assert {layer.v.bits for layer in found.layers} == {4}
     kept = (p for layer in found.layers for p in (layer.k_nope, layer.k_rotary) if p.width)

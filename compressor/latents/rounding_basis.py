@@ -36,9 +36,26 @@ def value_basis(problem: ValueProblem, weights: ValueWeights, generator: torch.G
         read = problem.o_weight @ weights.o_contract.mT
     else:
         read = weights.o_weight.unflatten(1, (len(problem.o_weight), -1)).transpose(0, 1)
-    reading = (read.mT @ read).unflatten(0, (groups, -1)).sum(1)
     spread = encoder @ problem.values().covariance @ encoder.mT
-    return _rotated(*balance(spread, reading), generator)
+    return _rotated(*balance(spread, _value_reading(problem, read)), generator)
+
+
+def _value_reading(problem: ValueProblem, read: Tensor) -> Tensor:
+    """Return how an error of each V latent is weighed, [g, r, r].
+
+    By the loss's gradients at the values where those were measured, else by the layer's output.
+
+    Args:
+        problem: the layer's V path.
+        read: what each head's reading adds to the output, [H, hidden, r].
+    """
+    gradients = problem.statistics.value_gradients
+    if gradients is None:
+        return (read.mT @ read).unflatten(0, (problem.groups, -1)).sum(1)
+    decoder = torch.linalg.pinv(problem.o_weight) @ read  # D_h, [H, d, r]
+    by_head = decoder.unflatten(0, (problem.groups * problem.joined, -1)).mean(1)
+    stacked = by_head.unflatten(0, (problem.groups, -1)).flatten(1, 2)  # D [g, n, r]
+    return stacked.mT @ gradients.blocks(problem.groups).second @ stacked
 
 
 def key_basis(

@@ -125,3 +125,16 @@ def test_apply_and_finetune_with_bits(
     assert healed.code == 0, healed.err
     assert healed.json["plan"] == found["plan"]
     assert vdcompress("inspect", "healed").code == 0
+
+
+def test_streamed_models_are_packed_alike(
+    vdcompress: Vdcompress, tiny_llama: Path, text_file: Path
+) -> None:
+    asked = ("--v-bits", "4", "--k-bits", "4", *SMALL, "--data", text_file, "--json")
+    whole = vdcompress("apply", tiny_llama, *asked, "-o", "whole")
+    streamed = vdcompress("apply", tiny_llama, *asked, "-o", "streamed", "--max-memory", "100KB")
+    assert (whole.code, streamed.code) == (0, 0), whole.err + streamed.err
+    assert streamed.json["plan"] == whole.json["plan"]
+    assert streamed.json["kv_cache"]["measured"] is None
+    ratios = [ended.json["perplexity"]["ratio"] for ended in (whole, streamed)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)

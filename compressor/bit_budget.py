@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vdcompress.allocate import Curve, Keys, allocate, widths
 from vdcompress.bits import bits_per_token, packed, relative_error
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.schemes import ROTARY_DEFAULTS
 
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
@@ -62,6 +63,8 @@ class Choices:
         k_bits: bits of K, its rotary part aside.
         k_rotary_bits: bits of that.
         by_layer: whether layers may differ.
+        sinks: first tokens that stay exact.
+        window: newest tokens that stay exact.
     """
 
     v_groups: Sequence[int]
@@ -70,6 +73,8 @@ class Choices:
     k_bits: Sequence[int]
     k_rotary_bits: Sequence[int]
     by_layer: bool = True
+    sinks: int = 0
+    window: int = 0
 
 
 def spend(
@@ -84,7 +89,7 @@ def spend(
         choices: what may be chosen.
     """
     alike = [[layer] for layer in gains] if choices.by_layer else [list(gains)]
-    values = {g: [_values(part, g, choices.v_bits) for part in alike] for g in choices.v_groups}
+    values = {g: [_values(part, g, choices) for part in alike] for g in choices.v_groups}
     keys = {g: [_keys(shape, part, g, choices) for part in alike] for g in choices.k_groups}
     best: Spent | None = None
     for v, k in itertools.product(choices.v_groups, choices.k_groups):
@@ -114,9 +119,9 @@ def _layouts(v: Option, k: Option) -> list[LayerLayout]:
     return [LayerLayout(*of_layer) for of_layer in parts]  # type: ignore[arg-type]
 
 
-def _values(layers: Sequence[LayerGains], groups: int, bits: Sequence[int]) -> list[Option]:
+def _values(layers: Sequence[LayerGains], groups: int, choices: Choices) -> list[Option]:
     """Return the ways to keep V of layers that are alike, cheapest first."""
-    return thinned(_together([_value_options(layer, groups, bits) for layer in layers]))
+    return thinned(_together([_value_options(layer, groups, choices) for layer in layers]))
 
 
 def _keys(
@@ -127,45 +132,43 @@ def _keys(
     empty = NopePart(groups, 0)
     if whole:
         empty = NopePart(groups, 0, maps="per_head", after_rope=True)
-    bits = choices.k_bits
-    still = thinned(_together([_nope_options(layer, groups, bits, empty) for layer in layers]))
+    still = thinned(_together([_nope_options(layer, empty, choices) for layer in layers]))
     if whole:
         turned = [Option(0, 0.0, (RotaryPart(groups, 0, maps="per_head"),) * len(layers))]
     else:
-        bits = choices.k_rotary_bits
-        turned = thinned(_together([_rotary_options(layer, groups, bits) for layer in layers]))
+        turned = thinned(_together([_rotary_options(layer, groups, choices) for layer in layers]))
     both = (a + b for a, b in itertools.product(still, turned))
     return thinned(option for option in both if option.size)
 
 
-def _value_options(gains: LayerGains, groups: int, bits: Sequence[int]) -> list[Option]:
+def _value_options(gains: LayerGains, groups: int, choices: Choices) -> list[Option]:
     left, rounding = gains.v[groups], gains.rounding.v[groups]
-    sizes = itertools.product(widths(len(left) - 1), bits)
-    parts = (packed(Part(groups, width), b) for width, b in sizes)
-    return [_option(part, left[part.width], rounding[part.width]) for part in parts]
+    sizes = itertools.product(widths(len(left) - 1), choices.v_bits)
+    parts = (packed(Part(groups, width), bits) for width, bits in sizes)
+    return [_option(part, left[part.width], rounding[part.width], choices) for part in parts]
 
 
-def _nope_options(
-    gains: LayerGains, groups: int, bits: Sequence[int], empty: NopePart
-) -> list[Option]:
-    left, rounding = gains.k_nope[groups], gains.rounding.k_nope[groups]
-    sizes = itertools.product((0, *widths(len(left) - 1)), bits)
-    parts = (packed(replace(empty, width=width), b) for width, b in sizes)
-    return [_option(part, left[part.width], rounding[part.width]) for part in parts]
+def _nope_options(gains: LayerGains, empty: NopePart, choices: Choices) -> list[Option]:
+    left, rounding = gains.k_nope[empty.groups], gains.rounding.k_nope[empty.groups]
+    sizes = itertools.product((0, *widths(len(left) - 1)), choices.k_bits)
+    parts = (packed(replace(empty, width=width), bits) for width, bits in sizes)
+    return [_option(part, left[part.width], rounding[part.width], choices) for part in parts]
 
 
-def _rotary_options(gains: LayerGains, groups: int, bits: Sequence[int]) -> list[Option]:
+def _rotary_options(gains: LayerGains, groups: int, choices: Choices) -> list[Option]:
     keys, count, found = Keys(gains, groups), len(gains.k_rotary[groups]), []
     for pairs in range(0, keys.pairs + 1, PAIR_STEP):
         kept, left = keys.rotary(pairs)
         rounding = gains.rounding.rotary(groups, [kept.count(index) for index in range(count)])
-        part = RotaryPart(groups, 2 * pairs, frequencies=kept)
-        found += [_option(packed(part, b), left, rounding) for b in bits]
+        whole = RotaryPart(groups, 2 * pairs, frequencies=kept)
+        parts = (packed(whole, bits, ROTARY_DEFAULTS) for bits in choices.k_rotary_bits)
+        found += [_option(part, left, rounding, choices) for part in parts]
     return found
 
 
-def _option(part: Part, left: float, rounding: float) -> Option:
-    return Option(bits_per_token(part), left + relative_error(part) * rounding, (part,))
+def _option(part: Part, left: float, rounding: float, choices: Choices) -> Option:
+    size = bits_per_token(part, choices.sinks, choices.window)
+    return Option(size, left + relative_error(part) * rounding, (part,))
 
 
 def _together(layers: Sequence[Sequence[Option]]) -> list[Option]:

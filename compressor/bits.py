@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
-from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
-from vdcompress.modeling.schemes import DEFAULTS, SCHEMES
-from vdcompress.request import NUMBER_BITS
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.schemes import DEFAULTS, ROTARY_DEFAULTS, SCHEMES
+from vdcompress.request import AUTO, NUMBER_BITS
 
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
     from vdcompress.request import Request
 
+SINKS, WINDOW = 4, 32  # below 8 bits, where few exact tokens are worth far more than their bytes
 SEED, SAMPLE = 0, 4096  # numbers that a quantiser's error is measured on
 AnyPart = TypeVar("AnyPart", bound=Part)
 
@@ -38,15 +40,29 @@ def with_bits(layer: LayerLayout, request: Request, shape: ModelShape) -> LayerL
     return LayerLayout(
         packed(layer.v, v_bits),
         packed(layer.k_nope, k_bits),
-        packed(layer.k_rotary, rotary_bits),
+        packed(layer.k_rotary, rotary_bits, ROTARY_DEFAULTS),
     )
 
 
-def packed(part: AnyPart, bits: int) -> AnyPart:
+def exact_tokens(request: Request) -> tuple[int, int]:
+    """Return how many sinks and how many of the newest tokens stay exact.
+
+    A budget that chooses bits spends none on them unless they are asked for.
+    """
+    choices = (request.v_choices, request.k_choices, request.k_rotary_choices)
+    few = request.bits != AUTO and min(bits for found in choices for bits in found) < 8
+    sinks, window = (SINKS, WINDOW) if few else (0, 0)
+    return (
+        sinks if request.sinks is None else request.sinks,
+        window if request.window is None else request.window,
+    )
+
+
+def packed(part: AnyPart, bits: int, defaults: Mapping[int, str] = DEFAULTS) -> AnyPart:
     """Return a part in so many bits, by the quantiser that is best there."""
     if bits == NUMBER_BITS or not part.width:
         return part
-    return replace(part, bits=bits, quantizer=DEFAULTS[bits])
+    return replace(part, bits=bits, quantizer=defaults[bits])
 
 
 def behind_rope(layer: LayerLayout) -> LayerLayout:
@@ -59,13 +75,16 @@ def behind_rope(layer: LayerLayout) -> LayerLayout:
     )
 
 
-def bits_per_token(part: Part) -> int:
-    """Return the bits of a part's numbers, scales and zero points, over a long sequence."""
-    if not part.packed:
-        return part.dim * NUMBER_BITS
-    scheme = SCHEMES[part.quantizer or ""]
-    block = scheme.packed_bytes(scheme.token_block, part.width, part.bits)
-    return -(-8 * part.groups * block // scheme.token_block)
+def bits_per_token(part: Part, sinks: int = 0, window: int = 0) -> int:
+    """Return the bits of a part's numbers, scales and zero points, over 2048 tokens, rounded up.
+
+    Args:
+        part: its layout.
+        sinks: first tokens that stay exact.
+        window: newest tokens that stay exact.
+    """
+    size = part.cache_bytes(TYPICAL_TOKENS, sinks=sinks, window=window)
+    return -(-8 * size // TYPICAL_TOKENS)
 
 
 def relative_error(part: Part) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vdcompress import serving
 from vdcompress.allocate import Curve, Keys, allocate, key_curve, total, value_curve
 from vdcompress.bit_budget import Choices, spend
-from vdcompress.bits import with_bits
+from vdcompress.bits import exact_tokens, with_bits
 from vdcompress.cost import with_cheaper_maps
 from vdcompress.errors import PlanError
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
@@ -188,6 +188,7 @@ def _spent_on_bits(shape: ModelShape, request: Request, gains: Gains) -> tuple[L
     """Return the layouts of any groups, widths and bits that lose least within a budget."""
     whole = 2 * shape.layers * shape.kv_dim * NUMBER_BITS
     counts = divisors(shape.kv_heads)[::-1]
+    sinks, window = exact_tokens(request)
     choices = Choices(
         v_groups=[request.v_groups] if request.v_groups else counts,
         k_groups=[request.k_groups] if request.k_groups else counts,
@@ -195,6 +196,8 @@ def _spent_on_bits(shape: ModelShape, request: Request, gains: Gains) -> tuple[L
         k_bits=request.k_choices,
         k_rotary_bits=request.k_rotary_choices,
         by_layer=request.by_layer,
+        sinks=sinks,
+        window=window,
     )
     found = spend(shape, gains, int((request.kv_budget or 0) * whole + 1e-9), choices)
     if found is None:

@@ -13,6 +13,7 @@ from vdcompress.bit_budget import Choices, Option, spend, thinned
 from vdcompress.bits import bits_per_token, packed, relative_error
 from vdcompress.gains import LayerGains, LayerRounding
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.schemes import ROTARY_DEFAULTS
 from vdcompress.plan import ModelShape, Plan
 
 TINY = ModelShape("gpt_neox", layers=2, hidden=64, heads=2, kv_heads=2, head_dim=16, rotary_dim=8)
@@ -102,7 +103,7 @@ def _every_layout(shape: ModelShape, gains: LayerGains, groups: int) -> list[Lay
         return [LayerLayout(v, *k) for v, k in itertools.product(values, keys)]
     splits = Keys(gains, groups)
     turned = [
-        packed(RotaryPart(groups, 2 * p, frequencies=splits.rotary(p)[0]), b)
+        packed(RotaryPart(groups, 2 * p, frequencies=splits.rotary(p)[0]), b, ROTARY_DEFAULTS)
         for p, b in itertools.product(range(0, splits.pairs + 1, 4), BITS)
     ]
     nopes = [packed(NopePart(groups, w), b) for w, b in still]
@@ -168,3 +169,37 @@ def test_errors_fall_fourfold_by_bit() -> None:
 def test_options_that_are_beaten_are_left_out() -> None:
     rows = [Option(8, 3.0, ()), Option(16, 3.0, ()), Option(16, 2.0, ()), Option(24, 2.5, ())]
     assert thinned(rows) == [rows[0], rows[2]]
+
+
+def test_exact_tokens_are_paid_for() -> None:
+    """2048 tokens of a plan from a budget need no more bytes than the budget says."""
+    from vdcompress.plan import plan_for
+    from vdcompress.request import Request
+
+    gains = gains_of(TINY)
+    for asked in (
+        Request(kv_budget=0.3, bits="auto", sinks=4, window=64),
+        Request(kv_budget=0.4, bits=4),
+        Request(kv_budget=0.4, v_bits=4, k_bits=8, allocation="uniform"),
+        Request(kv_budget=0.2, bits="auto", v_groups=1, k_groups=1),
+    ):
+        plan = plan_for(TINY, asked, gains=gains)
+        assert plan.bytes_per_token <= asked.kv_budget * plan.base_bytes_per_token
+        assert plan.packed
+    assert (plan.sinks, plan.window) == (0, 0)
+
+
+def test_bits_of_a_budget_are_those_that_are_named() -> None:
+    from vdcompress.errors import PlanError
+    from vdcompress.plan import plan_for
+    from vdcompress.request import Request
+
+    gains = gains_of(TINY)
+    plan = plan_for(TINY, Request(kv_budget=0.5, v_bits=4, k_bits=8), gains=gains)
+    assert {layer.v.bits for layer in plan.layers} == {4}
+    assert {layer.k_nope.bits for layer in plan.layers if layer.k_nope.width} == {8}
+    with pytest.raises(PlanError, match="bits auto needs a kv_budget"):
+        plan_for(TINY, Request(v_dim=16, bits="auto"), gains=gains)
+    dear = Request(kv_budget=0.3, bits=8, v_groups=2, k_groups=2)
+    with pytest.raises(PlanError, match="too few bytes for these bits"):
+        plan_for(TINY, dear, gains=gains)

@@ -10,6 +10,7 @@ from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
 from vdcompress.cli.show import show_plan, show_run
+from vdcompress.cli.values import bits as read_bits
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
@@ -67,6 +68,41 @@ def apply(
             rich_help_panel=o.KEPT,
         ),
     ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="Of all latents: 16, 8, 4, 3, 2; auto lets --kv-budget choose.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
+    v_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of V's numbers: 16, 8, 4, 3 or 2.", rich_help_panel=o.KEPT),
+    ] = None,
+    k_bits: Annotated[
+        int | None, typer.Option(help="Bits of K's numbers.", rich_help_panel=o.KEPT)
+    ] = None,
+    k_rotary_bits: Annotated[
+        int | None,
+        typer.Option(help="Of its rotary ones; --k-bits, but at least 8.", rich_help_panel=o.KEPT),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="First tokens that stay in 16 bits; 4 below 8 bits.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Newest tokens that stay in 16 bits; 32 below 8 bits.",
+            rich_help_panel=o.KEPT,
+        ),
+    ] = None,
     target: Annotated[
         o.Target | None,
         typer.Option("--for", help="What must be able to run it.", rich_help_panel=o.KEPT),
@@ -121,6 +157,10 @@ def apply(
     The original experiment is: vdcompress apply pythia-70m --v-dim 320
 
     Half of the cache, wherever it costs least: vdcompress apply pythia-70m --kv-budget 0.5
+
+    All of it in few bits: vdcompress apply pythia-70m --k-bits 8 --v-bits 4
+
+    Widths and bits from one budget: vdcompress apply pythia-70m --kv-budget 0.25 --bits auto
     """
     with session(Flags(json, quiet, verbose, debug)) as out:
         overrides: dict[str, Any] = {
@@ -136,6 +176,12 @@ def apply(
             "plan.k_rotary_dim": k_rotary_dim,
             "plan.kv_budget": kv_budget,
             "plan.allocation": allocation and allocation.value,
+            "plan.bits": read_bits(bits),
+            "plan.v_bits": v_bits,
+            "plan.k_bits": k_bits,
+            "plan.k_rotary_bits": k_rotary_bits,
+            "plan.sinks": sinks,
+            "plan.window": window,
             "plan.target": target and target.value,
             "start.initializer": initializer,
             "start.refit": refit and refit.value,

@@ -11,6 +11,7 @@ import typer
 from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags, Output
 from vdcompress.cli.session import session
+from vdcompress.cli.values import bits as read_bits
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
@@ -48,6 +49,10 @@ def sweep(
         str | None, listed("Fractions of the base's bytes, beside the widths.")
     ] = None,
     allocation: Annotated[str | None, listed("uniform, layers.")] = None,
+    bits: Annotated[str | None, listed("Of all latents: 16, 8, 4, 3, 2, auto.")] = None,
+    v_bits: Annotated[str | None, listed("Bits of V.")] = None,
+    k_bits: Annotated[str | None, listed("Bits of K.")] = None,
+    k_rotary_bits: Annotated[str | None, listed("Bits of K's rotary part.")] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -115,6 +120,10 @@ def sweep(
             "k_groups": values("--k-groups", k_groups, whole),
             "kv_budget": values("--kv-budget", kv_budget, share),
             "allocation": values("--allocation", allocation, one_of(ALLOCATIONS)),
+            "bits": values("--bits", bits, read_bits),
+            "v_bits": values("--v-bits", v_bits, whole),
+            "k_bits": values("--k-bits", k_bits, whole),
+            "k_rotary_bits": values("--k-rotary-bits", k_rotary_bits, whole),
             "target": values("--for", target, one_of(TARGETS)),
             "initializer": values("--initializer", initializer, str),
             "refit": values("--refit", refit, one_of([choice.value for choice in o.Refit])),
@@ -141,12 +150,12 @@ def show(out: Output, found: dict[str, Any]) -> None:
         ModelError: no plan could be measured.
     """
     from vdcompress.pipeline.sweep import require_rows
-    from vdcompress.sweep_report import LEGEND, sweep_table, unmeasured_table
+    from vdcompress.sweep_report import LEGEND, budget_table, sweep_table, unmeasured_table
 
     rest = unmeasured_table(found)
     place = f"written to {found['run']}: sweep.json and rows/"
     place += f", plotted in {found['plot']}" if found["plot"] else ""
-    tables: list[Table | str] = [sweep_table(found), f"{LEGEND}\n"]
+    tables: list[Table | str] = [sweep_table(found), f"{LEGEND}\n", budget_table(found)]
     out.result(found, *tables, *([rest] if rest else []), place)
     require_rows(found)
 

@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from vdcompress.errors import UsageError
+from vdcompress.modeling.layout import BITS
+from vdcompress.request import AUTO
 
 if TYPE_CHECKING:
     from vdcompress.recipe import Recipe
@@ -39,6 +41,21 @@ def positions(text: str | None) -> tuple[int, ...] | None:
             "like: --positions 0,16,32,64,96,128",
         )
     return found
+
+
+def bits(text: str | None) -> int | str | None:
+    """Read ``8`` or ``auto``; None stays None.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text is None or text == AUTO:
+        return text
+    if text not in map(str, BITS):
+        raise UsageError(
+            f"--bits {text!r} is no number of bits", f"one of {', '.join(map(str, BITS))}, {AUTO}"
+        )
+    return int(text)
 
 
 def size(text: str | None) -> int | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vdcompress.bits import relative_error
+
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
     from vdcompress.modeling.layout import LayerLayout
@@ -74,7 +76,16 @@ class Keys:
     @property
     def full(self) -> int:
         """The width that keeps everything."""
-        return self.most(len(self._rotary) - 1)
+        return self.most(self.pairs)
+
+    @property
+    def pairs(self) -> int:
+        """All rotary pairs of a latent."""
+        return len(self._rotary) - 1
+
+    def rotary(self, pairs: int) -> tuple[tuple[int, ...], float]:
+        """Return which frequencies so many pairs keep at the least loss, and that loss."""
+        return self._frequencies(pairs), float(self._rotary[pairs])
 
     def most(self, pairs: int) -> int:
         """Return the largest width that keeps this many rotary pairs."""
@@ -87,9 +98,10 @@ class Keys:
             width: of one latent.
             pairs: rotary pairs that it must keep; None leaves the number free.
         """
-        most = len(self._rotary) - 1
         low = max(0, -(-(width - (len(self._nope) - 1)) // 2))
-        numbers = np.arange(low, min(most, width // 2) + 1) if pairs is None else np.array([pairs])
+        numbers = (
+            np.arange(low, min(self.pairs, width // 2) + 1) if pairs is None else np.array([pairs])
+        )
         losses = self._nope[width - 2 * numbers] + self._rotary[numbers]
         kept = int(numbers[int(np.argmin(losses))])
         nope = width - 2 * kept
@@ -150,7 +162,8 @@ def total(curves: Sequence[Curve]) -> Curve:
 def predicted_loss(
     layers: Sequence[LayerLayout], gains: Sequence[LayerGains]
 ) -> tuple[dict[str, float], ...]:
-    """Return for each layer what ``v``, ``k_nope`` and ``k_rotary`` leave out, nats per token."""
+    """Return for each layer what ``v``, ``k_nope`` and ``k_rotary`` lose, in nats per token:
+    what they leave out and what rounding them adds."""
     return tuple(_layer_loss(layer, gain) for layer, gain in zip(layers, gains, strict=True))
 
 
@@ -278,8 +291,24 @@ def _layer_loss(layer: LayerLayout, gains: LayerGains) -> dict[str, float]:
     rotary = gains.k_rotary.get(layer.k_groups, ())
     kept = [layer.k_rotary.frequencies.count(index) for index in range(len(rotary))]
     whole_heads = not rotary and layer.k_rotary.width > 0
-    return {
+    left_out = {
         "v": gains.v[layer.v_groups][layer.v_head_dim],
         "k_nope": 0.0 if whole_heads else gains.k_nope[layer.k_groups][layer.k_nope.width],
         "k_rotary": sum((curve[m] for curve, m in zip(rotary, kept, strict=True)), 0.0),
     }
+    rounded = _rounding_loss(layer, gains, kept)
+    return {part: loss + rounded.get(part, 0.0) for part, loss in left_out.items()}
+
+
+def _rounding_loss(layer: LayerLayout, gains: LayerGains, kept: Sequence[int]) -> dict[str, float]:
+    """Return what rounding adds to each packed part."""
+    rounding, found = gains.rounding, {}
+    if layer.v.packed:
+        found["v"] = relative_error(layer.v) * rounding.v[layer.v_groups][layer.v_head_dim]
+    if layer.k_nope.packed:
+        at = rounding.k_nope[layer.k_groups][layer.k_nope.width]
+        found["k_nope"] = relative_error(layer.k_nope) * at
+    if layer.k_rotary.packed:
+        at = rounding.rotary(layer.k_groups, kept)
+        found["k_rotary"] = relative_error(layer.k_rotary) * at
+    return found

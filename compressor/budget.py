@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from vdcompress import serving
 from vdcompress.allocate import Curve, Keys, allocate, key_curve, total, value_curve
+from vdcompress.bit_budget import Choices, spend
+from vdcompress.bits import exact_tokens, with_bits
 from vdcompress.cost import with_cheaper_maps
 from vdcompress.errors import PlanError
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
-from vdcompress.request import VLLM, Request
+from vdcompress.request import NUMBER_BITS, VLLM, Request
 
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
@@ -53,11 +55,12 @@ def layers_for(shape: ModelShape, request: Request, gains: Gains | None) -> tupl
     Raises:
         PlanError: gains are missing, or no plan is within the budget.
     """
-    if request.kv_budget is not None:
-        layers = _budgeted(shape, request, _required(gains, request))
-    else:
-        layers = _asked(shape, request, gains)
-    return tuple(with_cheaper_maps(layer, shape) for layer in layers)
+    if request.kv_budget is None:
+        layers = (with_cheaper_maps(la, shape) for la in _asked(shape, request, gains))
+        return tuple(with_bits(layer, request, shape) for layer in layers)
+    spent = _spent_on_bits if request.packs else _budgeted
+    found = spent(shape, request, _required(gains, request))
+    return tuple(with_cheaper_maps(layer, shape) for layer in found)
 
 
 def _asked(shape: ModelShape, request: Request, gains: Gains | None) -> tuple[LayerLayout, ...]:
@@ -179,6 +182,30 @@ def _budgeted(shape: ModelShape, request: Request, gains: Gains) -> tuple[LayerL
         keys = _key_parts(shape, best.k_groups, k, None, layer)
         layers.append(LayerLayout(Part(best.v_groups, v), *keys))
     return tuple(layers)
+
+
+def _spent_on_bits(shape: ModelShape, request: Request, gains: Gains) -> tuple[LayerLayout, ...]:
+    """Return the layouts of any groups, widths and bits that lose least within a budget."""
+    whole = 2 * shape.layers * shape.kv_dim * NUMBER_BITS
+    counts = divisors(shape.kv_heads)[::-1]
+    sinks, window = exact_tokens(request)
+    choices = Choices(
+        v_groups=[request.v_groups] if request.v_groups else counts,
+        k_groups=[request.k_groups] if request.k_groups else counts,
+        v_bits=request.v_choices,
+        k_bits=request.k_choices,
+        k_rotary_bits=request.k_rotary_choices,
+        by_layer=request.by_layer,
+        sinks=sinks,
+        window=window,
+    )
+    found = spend(shape, gains, int((request.kv_budget or 0) * whole + 1e-9), choices)
+    if found is None:
+        raise PlanError(
+            [f"kv_budget {request.kv_budget:g} is too few bytes for these bits"],
+            "try a larger one, --groups 1, or --bits auto",
+        )
+    return found.layers
 
 
 def _better(found: Widths, best: Widths) -> bool:

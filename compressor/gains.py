@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vdcompress.latents import lowrank, rotary
+from vdcompress.latents.balance import rounding_loss
 from vdcompress.latents.keys import KeyMetric, part_of
 from vdcompress.latents.lowrank import block_diagonal
 
@@ -35,11 +36,47 @@ class LayerGains:
             where the family rotates whole heads (``k_rotary`` is empty then).
         k_rotary: ``k_rotary[g][f][m]``: loss left when frequency f keeps m virtual heads in every
             latent, m = 0..kv_heads / g.
+        rounding: what rounding the numbers of those latents loses.
     """
 
     v: Mapping[int, tuple[float, ...]]
     k_nope: Mapping[int, tuple[float, ...]]
     k_rotary: Mapping[int, tuple[tuple[float, ...], ...]]
+    rounding: LayerRounding = field(default_factory=lambda: LayerRounding({}, {}, {}))
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """What rounding one layer's latents loses, in nats per token, per unit of relative error.
+
+    A quantiser whose error has c times the variance of balanced and rotated numbers
+    (:mod:`vdcompress.latents.balance`) loses c times this.
+
+    Attributes:
+        v: ``v[g][r]`` for g latents of V that keep r directions each, r = 0..n.
+        k_nope: ``k_nope[g][r]``: the same for the unrotated keys, or for whole keys behind RoPE.
+        k_rotary: ``k_rotary[g][l][f][m]``: the sum of the singular values of the m virtual heads
+            that latent l keeps of frequency f. P pairs lose the square of their sum by P, added up
+            over latents (:meth:`rotary`).
+    """
+
+    v: Mapping[int, tuple[float, ...]]
+    k_nope: Mapping[int, tuple[float, ...]]
+    k_rotary: Mapping[int, tuple[tuple[tuple[float, ...], ...], ...]]
+
+    def rotary(self, groups: int, counts: Sequence[int]) -> float:
+        """Return the loss of rounding the rotary part, per unit of relative error.
+
+        Args:
+            groups: latents.
+            counts: virtual heads that a latent keeps of each frequency.
+        """
+        pairs = sum(counts)
+        sums = (
+            sum(roots[m] for roots, m in zip(latent, counts, strict=True))
+            for latent in self.k_rotary.get(groups, ())
+        )
+        return sum(total**2 for total in sums) / pairs if pairs else 0.0
 
 
 def gains(
@@ -109,6 +146,9 @@ def output_shares(
     return tuple(found)
 
 
+_Roots = tuple[tuple[tuple[float, ...], ...], ...]
+
+
 @dataclass(frozen=True)
 class _Saved:
     """What each latent saves with each further direction, nats per token, descending.
@@ -133,11 +173,27 @@ class _Saved:
         rotary = None if self.k_rotary is None else self.k_rotary.sum(0)
         return _Saved(self.v.sum(0), self.k_nope.sum(0), rotary)
 
+    def rounded(self) -> tuple[tuple[float, ...], tuple[float, ...], _Roots]:
+        """Return what rounding loses by width of V and of the unrotated keys, and rotary roots."""
+        v, k_nope = (
+            (0.0, *rounding_loss(part.sqrt()).sum(0).tolist()) for part in (self.v, self.k_nope)
+        )
+        return v, k_nope, () if self.k_rotary is None else _prefix_sums(self.k_rotary.sqrt())
+
 
 def _layer_gains(
     shape: ModelShape, statistics: LayerStatistics, groups: Sequence[int]
 ) -> LayerGains:
-    return _as_gains({count: _saved(shape, statistics, count).total() for count in groups})
+    saved = {count: _saved(shape, statistics, count) for count in groups}
+    rounded = {count: part.rounded() for count, part in saved.items()}
+    rounding = LayerRounding(
+        v={count: parts[0] for count, parts in rounded.items()},
+        k_nope={count: parts[1] for count, parts in rounded.items()},
+        k_rotary={count: parts[2] for count, parts in rounded.items() if parts[2]},
+    )
+    return replace(
+        _as_gains({count: part.total() for count, part in saved.items()}), rounding=rounding
+    )
 
 
 def _saved(shape: ModelShape, statistics: LayerStatistics, groups: int) -> _Saved:
@@ -165,6 +221,12 @@ def _as_gains(saved: Mapping[int, _Saved]) -> LayerGains:
             if part.k_rotary is not None
         },
     )
+
+
+def _prefix_sums(roots: Tensor) -> _Roots:
+    """[g, F, m] -> for each latent and frequency the sums of the first 0, 1, ... m roots."""
+    sums = roots.cumsum(-1)
+    return tuple(tuple((0.0, *frequency) for frequency in latent) for latent in sums.tolist())
 
 
 def _left_out(reading: Tensor, spread: Tensor) -> tuple[float, ...]:

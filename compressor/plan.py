@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdcompress import serving
+from vdcompress.bits import exact_tokens
 from vdcompress.budget import layers_for
 from vdcompress.errors import PlanError
 from vdcompress.modeling import layout as layouts
-from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.request import VLLM, Request
 
 if TYPE_CHECKING:
@@ -67,13 +68,15 @@ class Start:
         initializer: name of a module in ``vdcompress.initializers``.
         refit: ``none``, or ``local`` for the joint refit of the output projection.
         alternate: rounds of alternation after the refit.
-        seed: of the random initialiser.
+        seed: of the random initialiser, and of rotations.
+        rotate: whether packed latents are rotated; None where numbers of a token share a scale.
     """
 
     initializer: str = "optimal"
     refit: str = "local"
     alternate: int = 2
     seed: int = 0
+    rotate: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,25 @@ class Plan:
         shape: of the base model.
         layers: one layout for each layer of the base.
         start: how the new weights are found.
+        sinks: first tokens of a sequence that quantisers leave as they are.
+        window: newest tokens that they leave as they are.
     """
 
     shape: ModelShape
     layers: tuple[LayerLayout, ...]
     start: Start = Start()
+    sinks: int = 0
+    window: int = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether a quantiser packs any part of any layer."""
+        return any(layer.packed for layer in self.layers)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's share of the bytes depends on the length of its sequence."""
+        return self.cache_bytes(TYPICAL_TOKENS) != TYPICAL_TOKENS * self.cache_bytes(1)
 
     def common(self, read: Callable[[LayerLayout], T]) -> T | None:
         """Return the value that ``read`` finds in every layer, None where layers differ."""
@@ -98,24 +115,31 @@ class Plan:
     def cache_bytes(self, tokens: int, dtype: str = "bfloat16") -> int:
         """Exact bytes that the cache holds for ``tokens`` tokens of one sequence.
 
-        Parts of fewer bits count without scales, which belong to a quantiser.
+        Scales, zero points and tokens that are not packed are counted.
 
         Args:
             tokens: tokens stored.
-            dtype: of the latents, ``float32``, ``float16`` or ``bfloat16``.
+            dtype: of numbers that are not packed, ``float32``, ``float16`` or ``bfloat16``.
         """
-        width = 8 * DTYPE_BYTES[dtype]
-        bits = sum(
-            part.dim * (width if part.bits == 16 else part.bits)
+        return sum(
+            part.cache_bytes(
+                tokens,
+                number_bytes=DTYPE_BYTES[dtype],
+                sinks=self.sinks,
+                window=self.window,
+            )
             for layer in self.layers
             for part in layer.parts
         )
-        return -(-tokens * bits // 8)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes per token with 16-bit latents."""
-        return self.cache_bytes(1)
+        """Bytes per token of 16-bit latents and of packed ones, over 2048 tokens, rounded up.
+
+        Sinks, a window or a block of tokens that is not full make a token's share depend on the
+        length of the sequence; without them it does not.
+        """
+        return -(-self.cache_bytes(TYPICAL_TOKENS) // TYPICAL_TOKENS)
 
     @property
     def base_bytes_per_token(self) -> int:
@@ -129,8 +153,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; scalars are null where layers differ and are not read back."""
-        bits = {"v": lambda la: la.v.bits, "k": lambda la: (la.k_nope.bits, la.k_rotary.bits)}
-        k_bits = self.common(bits["k"])
+        k_bits = self.common(lambda la: tuple(p.bits for p in (la.k_nope, la.k_rotary) if p.width))
         return {
             "format": FORMAT,
             "v_dim": self.common(lambda la: la.v_dim),
@@ -138,8 +161,10 @@ class Plan:
             "k_rotary_dim": self.common(lambda la: la.k_rotary.dim),
             "v_groups": self.common(lambda la: la.v_groups),
             "k_groups": self.common(lambda la: la.k_groups),
-            "v_bits": self.common(bits["v"]),
-            "k_bits": k_bits[0] if k_bits and k_bits[0] == k_bits[1] else None,
+            "v_bits": self.common(lambda la: la.v.bits),
+            "k_bits": k_bits[0] if k_bits and len(set(k_bits)) == 1 else None,
+            "sinks": self.sinks,
+            "window": self.window,
             "shape": asdict(self.shape),
             "start": asdict(self.start),
             "layers": [layer.to_json() for layer in self.layers],
@@ -163,6 +188,8 @@ class Plan:
                 shape=ModelShape(**data["shape"]),
                 layers=tuple(LayerLayout.from_json(layer) for layer in data["layers"]),
                 start=Start(**data["start"]),
+                sinks=data.get("sinks", 0),
+                window=data.get("window", 0),
             )
             plan.validate()
         except (KeyError, TypeError) as error:
@@ -187,6 +214,9 @@ class Plan:
                 frequencies=shape.rotary_dim // 2,
             )
             found += [f"layer {index}: {reason}" for reason in reasons]
+        for name in ("sinks", "window"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                found.append(f"{name} {getattr(self, name)!r} is not a number of tokens")
         if found:
             raise PlanError(found)
 
@@ -200,6 +230,12 @@ def make_plan(
     v_groups: int | None = None,
     k_groups: int | None = None,
     k_rotary_dim: int | None = None,
+    bits: int | None = None,
+    v_bits: int | None = None,
+    k_bits: int | None = None,
+    k_rotary_bits: int | None = None,
+    sinks: int | None = None,
+    window: int | None = None,
     start: Start | None = None,
 ) -> Plan:
     """Plan uniform widths from the shape alone; what is not named stays as it is.
@@ -213,6 +249,13 @@ def make_plan(
         k_groups: the same for K alone.
         k_rotary_dim: how much of ``k_dim`` is rotary; None keeps all of it, one latent per head.
             A multiple of the base's frequencies keeps each of them equally often.
+        bits: of both sides where they do not say their own.
+        v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
+        k_bits: of K's likewise.
+        k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
+        sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
+            than 8 bits.
+        window: newest tokens that stay in 16 bits; None is 32 there.
         start: how the new weights are found.
 
     Raises:
@@ -226,6 +269,12 @@ def make_plan(
         v_groups=v_groups,
         k_groups=k_groups,
         k_rotary_dim=k_rotary_dim,
+        bits=bits,
+        v_bits=v_bits,
+        k_bits=k_bits,
+        k_rotary_bits=k_rotary_bits,
+        sinks=sinks,
+        window=window,
     )
     return plan_for(shape, request, start)
 
@@ -255,7 +304,8 @@ def plan_for(
         layers = layers_for(shape, request, gains)
     except KeyError as error:
         raise PlanError([f"the gains hold nothing for {error} groups"]) from error
-    plan = Plan(shape, layers, start or Start())
+    sinks, window = exact_tokens(request)
+    plan = Plan(shape, layers, start or Start(), sinks=sinks, window=window)
     plan.validate()
     if request.target == VLLM:
         _require_vllm(plan)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vdcompress.modeling.layout import LayerLayout
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout
 
 FLASHINFER_WIDTHS = (64, 128, 256, 512)
 CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -247,11 +247,11 @@ def tokens_per_gib(layers: Sequence[LayerLayout], ranks: int) -> int:
     A latent is never cut: with more ranks than groups each rank keeps one, replicated.
     """
     per_rank = sum(
-        -(-layer.v_groups // ranks) * layer.v_head_dim
-        + -(-layer.k_groups // ranks) * layer.k_head_dim
+        replace(part, groups=-(-part.groups // ranks)).cache_bytes(TYPICAL_TOKENS)
         for layer in layers
+        for part in layer.parts
     )
-    return GIB // (2 * per_rank)
+    return GIB * TYPICAL_TOKENS // per_rank
 
 
 def _verdict(backend: Backend, layers: Sequence[LayerLayout]) -> Verdict:
@@ -277,6 +277,8 @@ def _verdict(backend: Backend, layers: Sequence[LayerLayout]) -> Verdict:
     note = f"needs {needs}"
     if not backend.engine.startswith("transformers"):
         note += f"; {_ranks_note(backend, layers, own_code)}"
+    if not _runs_anything(backend) and any(layer.packed for layer in layers):
+        note += "; keeps packed latents in 16 bits"
     return Verdict(backend.engine, backend.backend, True, note, own_code, backend.cache_dtypes)
 
 

@@ -10,6 +10,7 @@ from vdcompress.report import NONE, Table, change
 Document = Mapping[str, Any]
 BEST = "*"
 BEST_PLAN = "+"
+BUDGETS = (0.75, 0.5, 0.4, 0.33, 0.25, 0.2, 0.15, 0.1)
 LEGEND = "* nothing beats it   + only the base's cache in few bits does"
 
 
@@ -42,6 +43,24 @@ def sweep_table(found: Document) -> Table:
     )
     header = ("cache", "bytes", "of fp16", "perplexity", "change", "KL", "best")
     return Table("perplexity against bytes per token", header, cells)
+
+
+def budget_table(found: Document) -> Table:
+    """Return the row with the lowest perplexity within each of some budgets that any row fits."""
+    base = found["base"]
+    done = [row for row in (*found["references"], *found["rows"]) if row["state"] == "done"]
+    rows = []
+    for budget in BUDGETS:
+        bound = budget * base["bytes_per_token"]
+        fitting = [row for row in done if row["kv_cache"]["bytes_per_token"] <= bound]
+        if fitting:
+            best = min(fitting, key=lambda row: row["perplexity"]["compressed"])
+            perplexity = best["perplexity"]["compressed"]
+            size = f"{best['kv_cache']['bytes_per_token']:,}"
+            cells = (f"{perplexity:.2f}", change(base["perplexity"], perplexity))
+            rows.append((f"{budget:.0%}", best["row"], size, *cells))
+    header = ("of fp16", "best", "bytes", "perplexity", "change")
+    return Table("the best within a budget", header, tuple(rows), words=0)
 
 
 def _mark(name: str, found: Document) -> str:

@@ -15,7 +15,7 @@ R = 12
 def positive(seed: int, dtype: torch.dtype = torch.float64, n: int = R) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3 * n, dtype=dtype, generator=generator)
-    scales = torch.logspace(0, -2, n, dtype=torch.float64)
+    scales = torch.logspace(0, -0.5, n, dtype=torch.float64)
     return (x @ x.mH) * scales.unsqueeze(-1) * scales
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vdcompress.modeling.cache import BLOCK, GROWTH, LatentCache
+from vdcompress.modeling.cache import LatentCache
+from vdcompress.modeling.room import BLOCK, GROWTH
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])

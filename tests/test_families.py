@@ -13,7 +13,8 @@ from observed import observe
 from vdcompress import families, initializers
 from vdcompress.errors import ModelError
 from vdcompress.load import Base, load_config
-from vdcompress.modeling.cache import BLOCK, LatentCache
+from vdcompress.modeling.cache import LatentCache
+from vdcompress.modeling.room import BLOCK
 from vdcompress.plan import Plan, Start, make_plan
 from vdcompress.rewrite import rewrite
 from vdcompress.statistics import Statistics

@@ -19,6 +19,9 @@ from vdcompress.data.stdlib import documents
 from vdcompress.errors import UsageError
 from vdcompress.evaluate import evaluate
 from vdcompress.gains import NEEDS, gains, output_shares
+from vdcompress.latents import rotary
+from vdcompress.latents.balance import balance
+from vdcompress.latents.keys import KeyMetric
 from vdcompress.latents.lowrank import best_encoder, block_diagonal, regression_decoder
 from vdcompress.load import Base, load
 from vdcompress.plan import ModelShape, Start, plan_for
@@ -81,6 +84,56 @@ def test_gains_are_the_damage_of_the_solved_latents(
             left = identity - regression_decoder(encoder, spread) @ encoder
             damage = (reading @ left @ spread @ left.mT).diagonal(dim1=-2, dim2=-1).sum()
             assert curve[width] == pytest.approx(float(damage) / 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rounding_is_the_damage_of_balanced_latents(
+    base: Base, statistics: Statistics, groups: int
+) -> None:
+    """tr(C) tr(W) / 2 r of T z, z = E x read by D: noise of the mean variance on every number."""
+    width = 11
+    for layer, found in zip(
+        statistics.layers, gains(base.shape, statistics, [groups]), strict=True
+    ):
+        x, g = layer.require("values").blocks(groups), layer.require("value_gradients")
+        reading = g.blocks(groups).second
+        encoder = best_encoder(reading, x.covariance, width)
+        decoder = regression_decoder(encoder, x.covariance)
+        spread, read = encoder @ x.covariance @ encoder.mT, decoder.mT @ reading @ decoder
+        basis, back = balance(spread, read)
+        total = 0.0
+        for kept, seen in zip(basis @ spread @ basis.mT, back.mT @ read @ back, strict=True):
+            total += float(kept.trace() * seen.trace()) / width / 2
+        assert found.rounding.v[groups][width] == pytest.approx(total, rel=1e-6)
+        assert found.rounding.v[groups][0] == 0.0
+
+
+def test_rounding_rotary_keys_is_the_damage_of_balanced_pairs(
+    base: Base, statistics: Statistics
+) -> None:
+    """Written out in real numbers: every pair's two numbers get noise of the mean variance."""
+    shape = base.shape
+    if shape.rotary_dim == shape.head_dim:
+        pytest.skip("whole heads are rotated")
+    groups, pairs = 1, shape.rotary_dim // 2
+    counts = [2, 1] + [0] * (pairs - 2)
+    for layer, found in zip(statistics.layers, gains(shape, statistics, [groups]), strict=True):
+        keys, by_key = layer.require("keys"), layer.require("key_gradients")
+        metric = KeyMetric(by_key.blocks(groups).second, keys.blocks(groups))
+        reading, spread = rotary.complex_moments(metric, shape.rotary_dim, shape.kv_heads)
+        variance = weight = 0.0
+        for frequency, count in enumerate(counts):
+            if count:
+                encoder = best_encoder(reading[0, frequency], spread[0, frequency], count)
+                decoder = regression_decoder(encoder, spread[0, frequency])
+                inner = encoder @ spread[0, frequency] @ encoder.mH
+                read = decoder.mH @ reading[0, frequency] @ decoder
+                basis, back = balance(inner, read)
+                variance += float((basis @ inner @ basis.mH).trace().real)
+                weight += float((back.mH @ read @ back).trace().real)
+        # E (Re conj(g) e)^2 = |g|^2 |e|^2 / 2; half of it is the loss; |e|^2 = 2 (variance / 2 P)
+        total = weight / 2 / 2 * 2 * variance / (2 * sum(counts))
+        assert found.rounding.rotary(groups, counts) == pytest.approx(total, rel=1e-6)
 
 
 def test_only_asked_for_groups_are_measured(base: Base, statistics: Statistics) -> None:

@@ -34,7 +34,7 @@ LAYOUTS = {
     "after_rope": neox_layer(
         k_nope=NopePart(4, 24, maps="per_head", after_rope=True), k_rotary=RotaryPart(4, 0)
     ),
-    "low_bits": neox_layer(v=Part(8, 40, bits=4, quantizer="affine")),
+    "low_bits": neox_layer(v=Part(8, 40, bits=4, quantizer="per_token")),
 }
 
 
@@ -171,6 +171,8 @@ def test_what_is_no_plan_is_refused(data: Any) -> None:
         (neox_layer(v=Part(8, -8)), "v.width -8"),
         (neox_layer(k_nope=NopePart(8, -8)), "k_nope.width -8"),
         (neox_layer(v=Part(8, 40, bits=5)), "v.bits 5"),
+        (neox_layer(v=Part(8, 40, bits=4)), "v.quantizer None is none of per_token"),
+        (neox_layer(v=Part(8, 40, bits=8, quantizer="normal")), "v.quantizer normal does not"),
         (neox_layer(v=Part(8, 40, maps="loose")), "v.maps 'loose'"),
         (neox_layer(k_rotary=RotaryPart(8, 16, frequencies=(0, 1))), "twice its number"),
         (neox_layer(k_rotary=RotaryPart(8, 2, frequencies=(8,))), "beyond the base's 8"),
@@ -327,8 +329,34 @@ def test_narrow_keys_are_allowed_with_a_warning() -> None:
     assert width_warnings(make_plan(NEOX, k_dim=320)) == []
 
 
-def test_low_bits_are_counted_without_scales() -> None:
+def test_low_bits_are_counted_with_their_scales() -> None:
     layer = LAYOUTS["low_bits"]
     plan = Plan(dataclasses.replace(NEOX, layers=1), (layer,))
-    assert plan.bytes_per_token == 320 // 2 + 2 * 512
-    assert plan.cache_bytes(10, "float32") == 10 * (320 // 2 + 4 * 512)
+    packed = 8 * (40 // 2 + 2 + 1)  # codes, a scale and a zero point for each latent
+    assert plan.bytes_per_token == packed + 2 * 512
+    assert plan.cache_bytes(10, "float32") == 10 * (packed + 4 * 512)
+
+
+def test_tokens_that_stay_exact_are_counted() -> None:
+    part = Part(1, 128, bits=4, quantizer="per_channel")
+    layer = neox_layer(v=part)
+    shape = dataclasses.replace(NEOX, layers=1)
+    plan = Plan(shape, (layer,), sinks=4, window=10)
+    assert Plan.from_json(plan.to_json()) == plan
+    groups, exact = 2, 4 + 10 + 5  # 83 tokens: two groups of 32 are packed, 5 do not fill one
+    values = groups * (32 * 64 + 128 * 3) + exact * 128 * 2
+    assert plan.cache_bytes(83) == values + 83 * 2 * 512
+    assert plan.bytes_per_token == -(-plan.cache_bytes(2048) // 2048)
+
+
+def test_a_plan_without_exact_tokens_is_read_as_one_that_keeps_none() -> None:
+    data = make_plan(NEOX, v_dim=320).to_json()
+    del data["sinks"], data["window"]
+    assert Plan.from_json(data) == make_plan(NEOX, v_dim=320)
+
+
+@pytest.mark.parametrize("name", ["sinks", "window"])
+def test_exact_tokens_are_a_number(name: str) -> None:
+    plan = dataclasses.replace(make_plan(NEOX, v_dim=320), **{name: -1})
+    with pytest.raises(PlanError, match=f"{name} -1 is not a number of tokens"):
+        plan.validate()

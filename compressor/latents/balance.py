@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOOR = 1e-4
+FLOOR = 1e-2
 
 
 def balance(spread: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def balance(spread: Tensor, reading: Tensor) -> tuple[Tensor, Tensor]:
         spread: C [..., r, r], covariance of the latent.
         reading: W [..., r, r], how an error of it is weighed.
 
-    Directions that hardly matter, with singular values below 1e-4 of the largest, are scaled as
+    Directions that hardly matter, with singular values below 1% of the largest, are scaled as
     if they were of that size, so that T stays well conditioned.
     """
     values, vectors = torch.linalg.eigh(spread)

@@ -7,7 +7,8 @@ number divides the other.
 A prefill runs through torch's scaled dot product attention. On CPU its fast kernel wants equal
 widths, so the narrower side is padded with zeros for the call (the cache never holds them). One
 query against a CPU cache is two plain matrix products, which read the cache once and are faster
-than any kernel torch has there for unequal widths.
+than any kernel torch has there for unequal widths. Latents in few bits are attended where they are
+packed, by :mod:`packed_attention`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .packed_attention import packed_attention
+from .packed_latents import PackedLatents
+from .rounded_latents import RoundedLatents, rounded_attention
 
 NAME = "vdcompress"
 CUDA_ORDER = [
@@ -75,8 +80,8 @@ def matmul_attention(  # noqa: PLR0917
 def latent_attention(  # noqa: PLR0917
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
@@ -84,8 +89,13 @@ def latent_attention(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor | None]:
     """Attend by whatever is fastest for these shapes on this device.
 
-    Arguments and output are those of :func:`matmul_attention`; the weights are None.
+    Arguments and output are those of :func:`matmul_attention`; the weights are None. ``key`` and
+    ``value`` may be packed, or rounded without a cache.
     """
+    if isinstance(key, RoundedLatents) or isinstance(value, RoundedLatents):
+        return rounded_attention(module, query, key, value, attention_mask, scaling, dropout)
+    if isinstance(key, PackedLatents):
+        return packed_attention(module, query, key, value, attention_mask, scaling)
     on_cpu = query.device.type == "cpu"
     if on_cpu and query.shape[2] == 1 and not query.requires_grad:
         output, _ = matmul_attention(

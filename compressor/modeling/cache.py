@@ -6,15 +6,20 @@ room that is already there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-BLOCK = 64
-GROWTH = 1.25
+from .room import Room
+
+
+def require_inference(*new: Tensor) -> None:
+    """Raise ``RuntimeError`` where a gradient would have to flow through a cache."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in new):
+        raise RuntimeError("this cache is for inference: call the model under torch.no_grad()")
 
 
 class GrowingLayer(DynamicLayer):
@@ -26,49 +31,35 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._rooms: tuple[Tensor, Tensor] | None = None
+        self._rooms = (Room(), Room())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new latents [b, g, new, width] behind the stored ones and return all of them."""
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise RuntimeError("this cache is for inference: call the model under torch.no_grad()")
+        require_inference(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        stop = start + key_states.shape[-2]
-        self._make_room(key_states, value_states, start, stop)
-        for room, new in zip(self._rooms or (), (key_states, value_states), strict=True):
-            room[:, :, start:stop] = new
-        self._show(stop)
+        tokens = self.get_seq_length()
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room.crop(tokens)
+            room.append(new)
+        self._show()
         keys, values = self._shown()
         return keys, values
 
-    def _make_room(self, keys: Tensor, values: Tensor, start: int, stop: int) -> None:
-        """Move to larger rooms if ``stop`` tokens do not fit."""
-        if self._rooms is not None and self._rooms[0].shape[-2] >= stop:
-            return
-        blocks = -(-int(stop * GROWTH) // BLOCK) if start else -(-stop // BLOCK)
-        old = self._rooms
-        rooms = []
-        for side, new in enumerate((keys, values)):
-            room = new.new_empty(*new.shape[:2], blocks * BLOCK, new.shape[-1])
-            if old is not None:
-                room[:, :, :start] = old[side][:, :, :start]
-            rooms.append(room)
-        self._rooms = (rooms[0], rooms[1])
-
-    def _show(self, tokens: int) -> None:
-        if self._rooms is not None:
-            self.keys, self.values = (room[:, :, :tokens] for room in self._rooms)
+    def _show(self) -> None:
+        self.keys, self.values = (room.shown for room in self._rooms)
 
     def _change_rooms(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to both rooms and show as many tokens as before."""
-        if self._rooms is not None:
-            tokens = self.get_seq_length()
-            self._rooms = (change(self._rooms[0]), change(self._rooms[1]))
-            self._show(tokens)
+        if self._rooms[0].is_empty:
+            return
+        tokens = self.get_seq_length()
+        for room in self._rooms:
+            room.crop(tokens)
+            room.change(change)
+        self._show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
@@ -92,7 +83,8 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything, the room included."""
-        self._rooms = self.keys = self.values = None
+        self._rooms = (Room(), Room())
+        self.keys = self.values = None
         self.is_initialized = False
 
     def nbytes(self) -> int:
@@ -101,20 +93,27 @@ class GrowingLayer(DynamicLayer):
 
     def nbytes_allocated(self) -> int:
         """Bytes of the room."""
-        return sum(x.numel() * x.element_size() for x in self._rooms or ())
+        return sum(room.nbytes_allocated() for room in self._rooms)
 
     def _shown(self) -> tuple[Tensor, ...]:
         stored = (self.keys, self.values)
-        return () if self._rooms is None else tuple(x for x in stored if x is not None)
+        return () if self._rooms[0].is_empty else tuple(x for x in stored if x is not None)
 
 
 class LatentCache(DynamicCache):
-    """One :class:`GrowingLayer` for each layer of the model."""
+    """The latents of all layers.
 
-    def __init__(self, layers: int, offloading: bool = False) -> None:
+    Args:
+        layers: of the cache, or how many of them for a :class:`GrowingLayer` each.
+        offloading: keep them on the CPU while other layers run.
+    """
+
+    def __init__(self, layers: int | Iterable[Any], offloading: bool = False) -> None:
         super().__init__(offloading=offloading)
         self.layer_class_to_replicate = None
-        self.layers: list[Any] = [GrowingLayer() for _ in range(layers)]
+        if isinstance(layers, int):
+            layers = (GrowingLayer() for _ in range(layers))
+        self.layers: list[Any] = list(layers)
 
     def nbytes(self) -> int:
         """Bytes of the latents stored, over all layers and sequences."""

@@ -43,8 +43,7 @@ class VDGPTNeoXAttention(LatentAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Map [b, t, hidden] to [b, t, hidden], through ``layer_past`` if there is a cache."""
         query, key, value = self.latents(hidden_states, position_embeddings)
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
+        key, value = self.remembered(key, value, layer_past)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, matmul_attention
         )
@@ -76,6 +75,7 @@ class VDGPTNeoXModel(LatentModel, GPTNeoXModel):
         for index, layer in enumerate(self.layers):
             layer.attention = VDGPTNeoXAttention(config, index)
         self.rotary_emb = LatentRotaryEmbedding(config)
+        self.keep_latents_packed()
         self.post_init()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +12,9 @@ from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 
 from .attention import NAME as ATTENTION
-from .cache import LatentCache
 from .layout import LayerLayout
+from .packed_cache import cache_for
+from .rounded_latents import rounded_layer
 
 V_SIDE = ("v_compress", "o_contract", "dense", "o_proj")
 K_SIDE = ("q_proj", "k_proj", "q_expand", "k_compress")
@@ -35,6 +37,8 @@ class LatentConfig:
         head_dim: width of a K latent; None where layers differ.
         v_head_dim: width of a V latent; None where layers differ.
         num_key_value_heads: latents per side; None where layers or sides differ.
+        kv_sinks: first tokens of a sequence that packed parts keep as they are.
+        kv_window: newest tokens that they keep as they are.
     """
 
     kv_layout: list[dict[str, Any]] | None = None
@@ -47,6 +51,8 @@ class LatentConfig:
     head_dim: int | None = None
     v_head_dim: int | None = None
     num_key_value_heads: int | None = None
+    kv_sinks: int = 0
+    kv_window: int = 0
     base_model_tp_plan: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -66,6 +72,12 @@ class LatentConfig:
         if self.kv_layout is None:
             raise ValueError("this config has no kv_layout: it was not written by vdcompress")
         return LayerLayout.from_json(self.kv_layout[layer])
+
+    @property
+    def packed(self) -> bool:
+        """Whether any layer's cache is packed in few bits."""
+        layers = range(len(self.kv_layout or ()))
+        return any(self.layer_layout(layer).packed for layer in layers)
 
 
 class LatentRotaryEmbedding(nn.Module):
@@ -219,6 +231,20 @@ class LatentAttention(nn.Module):
                 "install its plugin beside it: pip install vdcompress"
             )
 
+    def remembered(self, key: Tensor, value: Tensor, cache: Any) -> tuple[Any, Any]:
+        """Return what attention reads: all that is in the cache, these latents now among them.
+
+        Without a cache they are rounded as a packed one would, so that training and a forward pass
+        see the same numbers as ``generate()``. A cache of another kind than this model's own holds
+        what it is given.
+        """
+        if cache is not None:
+            return cache.update(key, value, self.layer_idx)
+        if not self.layout.packed:
+            return key, value
+        config = self.config
+        return rounded_layer(key, value, self.layout, config.kv_sinks, config.kv_window)
+
     def _expand(self, query: Tensor) -> Tensor:
         return query if self.q_expand is None else self.q_expand(query)
 
@@ -239,8 +265,29 @@ def _join_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (-1, heads)).transpose(2, 3).flatten(-2)
 
 
+def with_own_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give the body of a packed model its own cache where transformers would make a dynamic one.
+
+    A forward pre-hook. Gradients do not flow through a cache, so training goes without.
+    """
+    uses = kwargs.get("use_cache")
+    uses = model.config.use_cache if uses is None else uses
+    if not uses or any(kwargs.get(name) is not None for name in CACHE_NAMES):
+        return args, kwargs
+    if torch.is_grad_enabled():
+        return args, kwargs | {"use_cache": False}
+    known = inspect.signature(model.forward).parameters
+    name = next(name for name in CACHE_NAMES if name in known)
+    return args, kwargs | {name: cache_for(model.config)}
+
+
 class LatentModel:
     """Mixin before a transformers model class: its attention function, cache and initialisation."""
+
+    def keep_latents_packed(self) -> None:
+        """Let a forward pass of this body use the cache that its config asks for."""
+        if self.config.packed:  # type: ignore[attr-defined]
+            self.register_forward_pre_hook(with_own_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -272,6 +319,5 @@ class LatentModel:
         for name in CACHE_NAMES:
             made = model_kwargs.get(name)
             if name not in given and isinstance(made, DynamicCache):
-                layers = self.config.num_hidden_layers  # type: ignore[attr-defined]
-                model_kwargs[name] = LatentCache(layers, offloading=made.offloading)
+                model_kwargs[name] = cache_for(self.config, offloading=made.offloading)  # type: ignore[attr-defined]
         return prepared

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-BITS = (16, 8, 4, 3, 2)
+from .schemes import QUANTIZED_BITS, SCHEMES
+
+BITS = (16, *QUANTIZED_BITS)
 MAPS = ("folded", "per_head")
+TYPICAL_TOKENS = 2048  # for shares of a token that depend on the length of its sequence
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,34 @@ class Part:
     def dim(self) -> int:
         """Numbers per token over all groups."""
         return self.groups * self.width
+
+    @property
+    def packed(self) -> bool:
+        """Whether a quantiser packs this part."""
+        return self.bits < 16 and self.width > 0
+
+    def cache_bytes(
+        self, tokens: int, *, number_bytes: int = 2, sinks: int = 0, window: int = 0
+    ) -> int:
+        """Return the exact bytes of this part over a sequence of so many tokens.
+
+        Args:
+            tokens: of the sequence.
+            number_bytes: of a number that is not packed.
+            sinks: first tokens that a quantiser leaves as they are.
+            window: newest tokens that it leaves as they are.
+        """
+        if not self.packed:
+            return tokens * self.dim * number_bytes
+        latent = SCHEMES[self.quantizer or ""].stored_bytes(
+            tokens,
+            self.width,
+            self.bits,
+            number_bytes=number_bytes,
+            sinks=sinks,
+            window=window,
+        )
+        return self.groups * latent
 
 
 @dataclass(frozen=True)
@@ -108,6 +139,11 @@ class LayerLayout:
         """The parts in the order of their names."""
         return (self.v, self.k_nope, self.k_rotary)
 
+    @property
+    def packed(self) -> bool:
+        """Whether a quantiser packs any part."""
+        return any(part.packed for part in self.parts)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain dictionaries, as they stand in ``config.json``."""
         data = asdict(self)
@@ -162,6 +198,17 @@ def _part_problems(part: Part, heads: int, kv_heads: int) -> list[str]:
         found.append(f"width {part.width} is below zero")
     if part.bits not in BITS:
         found.append(f"bits {part.bits} is none of {', '.join(map(str, BITS))}")
+    elif part.bits < 16:
+        found += _quantizer_problems(part)
     if part.maps not in MAPS:
         found.append(f"maps {part.maps!r} is none of {', '.join(MAPS)}")
     return found
+
+
+def _quantizer_problems(part: Part) -> list[str]:
+    scheme = SCHEMES.get(part.quantizer or "")
+    if scheme is None:
+        return [f"quantizer {part.quantizer!r} is none of {', '.join(SCHEMES)}"]
+    if part.bits not in scheme.bits:
+        return [f"quantizer {scheme.name} does not round to {part.bits} bits"]
+    return []

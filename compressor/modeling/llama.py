@@ -49,8 +49,7 @@ class VDLlamaAttention(LatentAttention):
         """
         query, key, value = self.latents(hidden_states, position_embeddings)
         cache = past_key_values if cache is None else cache
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        key, value = self.remembered(key, value, cache)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, matmul_attention
         )
@@ -82,6 +81,7 @@ class VDLlamaModel(LatentModel, LlamaModel):
         for index, layer in enumerate(self.layers):
             layer.self_attn = VDLlamaAttention(config, index)
         self.rotary_emb = LatentRotaryEmbedding(config)
+        self.keep_latents_packed()
         self.post_init()
 
 

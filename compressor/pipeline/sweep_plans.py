@@ -18,6 +18,10 @@ AXES = {
     "v_groups": "plan.v_groups",
     "k_groups": "plan.k_groups",
     "allocation": "plan.allocation",
+    "bits": "plan.bits",
+    "v_bits": "plan.v_bits",
+    "k_bits": "plan.k_bits",
+    "k_rotary_bits": "plan.k_rotary_bits",
     "target": "plan.target",
     "initializer": "start.initializer",
     "refit": "start.refit",
@@ -32,6 +36,10 @@ SHORT = {
     "groups": "g",
     "v_groups": "vg",
     "k_groups": "kg",
+    "bits": "b",
+    "v_bits": "vb",
+    "k_bits": "kb",
+    "k_rotary_bits": "rb",
 }
 
 Axes = Mapping[str, Sequence[Any]]
@@ -69,13 +77,17 @@ def variants(recipe: Recipe, axes: Axes) -> tuple[Recipe, ...]:
 def label(recipe: Recipe) -> str:
     """Return what tables and files call a plan, such as ``v320-k320-g1-optimal``."""
     section = recipe.plan.model_dump(exclude_defaults=True)
-    words = [f"{SHORT[name]}{section[name]:g}" for name in SHORT if name in section]
+    words = [f"{SHORT[name]}{_short(section[name])}" for name in SHORT if name in section]
     words += [str(value) for name, value in section.items() if name not in SHORT]
     start = recipe.start
     words += [start.initializer] if start.initializer is not None else []
     words += [start.refit] if start.refit is not None else []
     words += [f"alternate{start.alternate}"] if start.alternate is not None else []
     return "-".join(words)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _ways(axes: Axes) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import bits_tables
 import healing_tables
 import seed_tables
 import serving_tables
@@ -201,6 +202,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "predictions": lambda: predictions("pythia-70m-standin"),
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
     "latent-bound": latent_bound,
+    **bits_tables.TABLES,
     **healing_tables.TABLES,
     **seed_tables.TABLES,
     **serving_tables.TABLES,

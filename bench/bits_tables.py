@@ -1,0 +1,64 @@
+"""The frontier of widths and bits as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from cells import results
+
+from vdcompress.report import Table
+
+TEXTS = ("books_dev", "docs_dev")
+
+
+def frontier(model: str) -> Table:
+    """Show ours and the rivals by bytes, the most first; what nothing beats is marked."""
+    found = results(f"bits-frontier-{model}")
+    rows = {row["name"]: row for row in found["rows"]}
+    base = rows.pop("uncompressed")
+    whole = base["bytes_per_token"]
+    points = [(name, row["bytes_per_token"], row["texts"]) for name, row in rows.items()]
+    points += [
+        (f"{row['cache']} cache of the original", row["bytes_per_token"], row["texts"])
+        for row in results(f"quantized-caches-{model}")["rows"]
+    ]
+    lost = {name: increase(texts, base["texts"]) for name, _, texts in points}
+    best = {
+        name
+        for name, size, _ in points
+        if not any(other < size and lost[n] <= lost[name] for n, other, _ in points if n != name)
+    }
+    cells = [("*uncompressed*", f"{whole:,}", "100.0%", figures(base["texts"]), "", "")]
+    for name, size, texts in sorted(points, key=lambda point: (-point[1], lost[point[0]])):
+        predicted = rows.get(name, {}).get("predicted")
+        cells.append(
+            (
+                name,
+                f"{size:,}",
+                f"{size / whole:.1%}",
+                figures(texts),
+                f"{lost[name]:+.2%}" + (" *" if name in best else ""),
+                "" if predicted is None else f"{math.expm1(predicted):+.2%}",
+            )
+        )
+    header = ("cache", "bytes per token", "of fp16", "books / docs", "increase", "predicted")
+    return Table("", header, tuple(cells))
+
+
+def increase(texts: dict[str, Any], base: dict[str, Any]) -> float:
+    """Return the mean increase of the loss over both texts, as a ratio of perplexities."""
+    ratios = (texts[name]["perplexity"] / base[name]["perplexity"] for name in TEXTS)
+    return math.expm1(sum(map(math.log, ratios)) / len(TEXTS))
+
+
+def figures(texts: dict[str, Any]) -> str:
+    """Return both perplexities."""
+    return " / ".join(f"{texts[name]['perplexity']:.2f}" for name in TEXTS)
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "bits-pythia": lambda: frontier("pythia-70m-standin"),
+    "bits-llama": lambda: frontier("llama-32m-standin"),
+}

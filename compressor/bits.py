@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vdcompress.request import Request
 
 ROTARY_BITS = 8
-SINKS, WINDOW = 4, 32  # below 8 bits, where few exact tokens are worth far more than their bytes
+SINKS, WINDOW = 4, 64  # below 8 bits, where few exact tokens are worth far more than their bytes
 AnyPart = TypeVar("AnyPart", bound=Part)
 
 

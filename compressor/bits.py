@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
     from vdcompress.request import Request
 
-SINKS, WINDOW = 4, 32  # below 8 bits, where few exact tokens are worth far more than their bytes
+SINKS, WINDOW = 4, 64  # below 8 bits, where few exact tokens are worth far more than their bytes
 SEED, SAMPLE = 0, 4096  # numbers that a quantiser's error is measured on
 AnyPart = TypeVar("AnyPart", bound=Part)
 

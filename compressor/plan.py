@@ -255,7 +255,7 @@ def make_plan(
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
         sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
             than 8 bits.
-        window: newest tokens that stay in 16 bits; None is 32 there.
+        window: newest tokens that stay in 16 bits; None is 64 there.
         start: how the new weights are found.
 
     Raises:

@@ -102,7 +102,7 @@ def compress(
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
         sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
             than 8 bits.
-        window: newest tokens that stay in 16 bits; None is 32 there.
+        window: newest tokens that stay in 16 bits; None is 64 there.
         target: ``transformers`` or ``vllm``, what the layout is for.
         recipe: further settings; None takes the defaults.
         overrides: single settings, such as ``{"calibration.data": "text.jsonl"}``.

@@ -67,6 +67,25 @@ def apply(
             rich_help_panel=o.KEPT,
         ),
     ] = None,
+    v_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of V's numbers: 16, 8, 4, 3 or 2.", rich_help_panel=o.KEPT),
+    ] = None,
+    k_bits: Annotated[
+        int | None, typer.Option(help="Bits of K's numbers.", rich_help_panel=o.KEPT)
+    ] = None,
+    k_rotary_bits: Annotated[
+        int | None,
+        typer.Option(help="Of its rotary ones; --k-bits, but at least 8.", rich_help_panel=o.KEPT),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(min=0, help="First tokens that stay in 16 bits.", rich_help_panel=o.KEPT),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=0, help="Newest tokens that stay in 16 bits.", rich_help_panel=o.KEPT),
+    ] = None,
     target: Annotated[
         o.Target | None,
         typer.Option("--for", help="What must be able to run it.", rich_help_panel=o.KEPT),
@@ -121,6 +140,8 @@ def apply(
     The original experiment is: vdcompress apply pythia-70m --v-dim 320
 
     Half of the cache, wherever it costs least: vdcompress apply pythia-70m --kv-budget 0.5
+
+    All of it in few bits: vdcompress apply pythia-70m --k-bits 8 --v-bits 4
     """
     with session(Flags(json, quiet, verbose, debug)) as out:
         overrides: dict[str, Any] = {
@@ -136,6 +157,11 @@ def apply(
             "plan.k_rotary_dim": k_rotary_dim,
             "plan.kv_budget": kv_budget,
             "plan.allocation": allocation and allocation.value,
+            "plan.v_bits": v_bits,
+            "plan.k_bits": k_bits,
+            "plan.k_rotary_bits": k_rotary_bits,
+            "plan.sinks": sinks,
+            "plan.window": window,
             "plan.target": target and target.value,
             "start.initializer": initializer,
             "start.refit": refit and refit.value,

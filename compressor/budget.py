@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vdcompress import serving
 from vdcompress.allocate import Curve, Keys, allocate, key_curve, total, value_curve
+from vdcompress.bits import with_bits
 from vdcompress.cost import with_cheaper_maps
 from vdcompress.errors import PlanError
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
@@ -57,7 +58,7 @@ def layers_for(shape: ModelShape, request: Request, gains: Gains | None) -> tupl
         layers = _budgeted(shape, request, _required(gains, request))
     else:
         layers = _asked(shape, request, gains)
-    return tuple(with_cheaper_maps(layer, shape) for layer in layers)
+    return tuple(with_bits(with_cheaper_maps(layer, shape), request, shape) for layer in layers)
 
 
 def _asked(shape: ModelShape, request: Request, gains: Gains | None) -> tuple[LayerLayout, ...]:

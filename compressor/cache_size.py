@@ -22,8 +22,8 @@ class CacheSize:
     """The cache of one sequence after ``generate()``.
 
     Attributes:
-        bytes_per_token: with 16-bit numbers, the unit of :attr:`Plan.bytes_per_token`; latents that
-            are packed in fewer bits count as they are.
+        bytes_per_token: with 16-bit numbers, the unit of :attr:`Plan.bytes_per_token`; what is
+            packed in fewer bits counts as it is.
         tokens: tokens in the cache.
         bytes: of those tokens, in the cache's own dtype.
         allocated: bytes that the cache holds in memory, spare capacity included.
@@ -94,8 +94,10 @@ def _size(cache: Any) -> CacheSize:
         tensors = [view for view in views if isinstance(view, Tensor)]
         if len(tensors) < len(views):
             stored += int(layer.nbytes())
-            sixteen += int(layer.nbytes())
+            exact = int(layer.exact_nbytes())
+            sixteen += int(layer.nbytes()) - exact + exact * 2 // layer.dtype.itemsize
             allocated += int(layer.nbytes_allocated())
+            dtype = str(layer.dtype).removeprefix("torch.")
             continue
         stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         sixteen += sum(tensor.numel() * 2 for tensor in tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from vdcompress.modeling.layout import LayerLayout
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout
 
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape, Plan
@@ -25,7 +25,7 @@ class Cost:
         v: weights of ``v_compress``.
         o: weights of the output's side, ``o_contract`` included.
         flops_per_cached_token: of one decoded token, for each token in the cache.
-        bytes_per_cached_token: read for it, 16 bit.
+        bytes_per_cached_token: read for it, of 16 bit or packed.
     """
 
     q: int
@@ -74,13 +74,14 @@ def layer_cost(layer: LayerLayout, shape: ModelShape) -> Cost:
         joined = shape.kv_dim // layer.k_groups
         keys = hidden * shape.kv_dim + layer.k_groups * joined * k
     contracts = layer.v.maps == "per_head"
+    stored = sum(part.cache_bytes(TYPICAL_TOKENS) for part in layer.parts)
     return Cost(
         q=heads * (hidden * d + d * k) if per_head else heads * hidden * k,
         k=keys,
         v=hidden * layer.v_dim,
         o=heads * (v * d + d * hidden) if contracts else heads * v * hidden,
         flops_per_cached_token=2 * heads * (k + v),
-        bytes_per_cached_token=2 * (layer.k_dim + layer.v_dim),
+        bytes_per_cached_token=-(-stored // TYPICAL_TOKENS),
     )
 
 

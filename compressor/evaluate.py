@@ -2,7 +2,8 @@
 
 Protocol: non-overlapping windows of ``window`` inputs, each of which predicts the next ``window``
 tokens (the last of them is the first input of the next window); the first ``windows`` of the text,
-a shorter last one counts; mean over tokens; no cache.
+a shorter last one counts; mean over tokens; no cache, but for models whose latents are packed:
+these are measured through their own cache, where every token is written before it is read.
 """
 
 from __future__ import annotations
@@ -249,8 +250,9 @@ def _losses(
 
 
 def _hidden(model: PreTrainedModel, inputs: Tensor) -> Tensor:
-    """Run the body once; returns [b * t, hidden]."""
-    output = model.base_model(input_ids=inputs, use_cache=False)
+    """Run the body once, through its cache if that is packed; returns [b * t, hidden]."""
+    packed = bool(getattr(getattr(model, "config", None), "packed", False))
+    output = model.base_model(input_ids=inputs, use_cache=packed)
     return torch.as_tensor(output.last_hidden_state).flatten(0, 1)
 
 

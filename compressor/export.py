@@ -60,7 +60,7 @@ class Verified:
         folder: the artefact.
         logit_difference: largest absolute difference to the model in memory.
         text: what ``generate()`` wrote, prompt included.
-        cache_bytes_per_token: of its cache, in float32.
+        cache_bytes_per_token: of its cache, numbers that are not packed in float32.
     """
 
     folder: Path
@@ -159,9 +159,11 @@ def _compare(
         raise ArtifactError(
             f"the written folder reloads to other logits (largest difference {difference:.2g})"
         )
-    per_token = answer["cache_bytes"] / answer["cache_tokens"]
-    planned = compressed.plan.cache_bytes(1, "float32")
-    if per_token != planned:
-        raise ArtifactError(f"its cache takes {per_token} bytes per token instead of {planned}")
+    found, tokens = answer["cache_bytes"], answer["cache_tokens"]
+    planned = compressed.plan.cache_bytes(tokens, "float32")
+    if found != planned:
+        raise ArtifactError(
+            f"its cache takes {found} bytes for {tokens} tokens instead of {planned}"
+        )
     text = compressed.tokenizer.decode(answer["tokens"])
-    return Verified(folder, difference, text, per_token)
+    return Verified(folder, difference, text, found / tokens)

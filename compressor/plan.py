@@ -11,14 +11,13 @@ from vdcompress import serving
 from vdcompress.budget import layers_for
 from vdcompress.errors import PlanError
 from vdcompress.modeling import layout as layouts
-from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.request import VLLM, Request
 
 if TYPE_CHECKING:
     from vdcompress.gains import LayerGains
 
 FORMAT = 1
-TYPICAL_TOKENS = 2048
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 T = TypeVar("T")
 
@@ -68,13 +67,15 @@ class Start:
         initializer: name of a module in ``vdcompress.initializers``.
         refit: ``none``, or ``local`` for the joint refit of the output projection.
         alternate: rounds of alternation after the refit.
-        seed: of the random initialiser.
+        seed: of the random initialiser, and of rotations.
+        rotate: whether packed latents are rotated; None where numbers of a token share a scale.
     """
 
     initializer: str = "optimal"
     refit: str = "local"
     alternate: int = 2
     seed: int = 0
+    rotate: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Plan:
     def packed(self) -> bool:
         """Whether a quantiser packs any part of any layer."""
         return any(layer.packed for layer in self.layers)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a token's share of the bytes depends on the length of its sequence."""
+        return self.cache_bytes(TYPICAL_TOKENS) != TYPICAL_TOKENS * self.cache_bytes(1)
 
     def common(self, read: Callable[[LayerLayout], T]) -> T | None:
         """Return the value that ``read`` finds in every layer, None where layers differ."""
@@ -223,6 +229,11 @@ def make_plan(
     v_groups: int | None = None,
     k_groups: int | None = None,
     k_rotary_dim: int | None = None,
+    v_bits: int | None = None,
+    k_bits: int | None = None,
+    k_rotary_bits: int | None = None,
+    sinks: int = 0,
+    window: int = 0,
     start: Start | None = None,
 ) -> Plan:
     """Plan uniform widths from the shape alone; what is not named stays as it is.
@@ -236,6 +247,11 @@ def make_plan(
         k_groups: the same for K alone.
         k_rotary_dim: how much of ``k_dim`` is rotary; None keeps all of it, one latent per head.
             A multiple of the base's frequencies keeps each of them equally often.
+        v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
+        k_bits: of K's likewise.
+        k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
+        sinks: first tokens of a sequence that stay in 16 bits.
+        window: newest tokens that stay in 16 bits.
         start: how the new weights are found.
 
     Raises:
@@ -249,6 +265,11 @@ def make_plan(
         v_groups=v_groups,
         k_groups=k_groups,
         k_rotary_dim=k_rotary_dim,
+        v_bits=v_bits,
+        k_bits=k_bits,
+        k_rotary_bits=k_rotary_bits,
+        sinks=sinks,
+        window=window,
     )
     return plan_for(shape, request, start)
 
@@ -278,7 +299,7 @@ def plan_for(
         layers = layers_for(shape, request, gains)
     except KeyError as error:
         raise PlanError([f"the gains hold nothing for {error} groups"]) from error
-    plan = Plan(shape, layers, start or Start())
+    plan = Plan(shape, layers, start or Start(), sinks=request.sinks, window=request.window)
     plan.validate()
     if request.target == VLLM:
         _require_vllm(plan)

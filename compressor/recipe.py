@@ -24,6 +24,8 @@ DEFAULT_POSITIONS = (0, 16, 32, 64, 96, 128)
 SUFFIXES = (".yaml", ".yml")
 
 Count = Annotated[int, Field(ge=1)]
+Bits = Literal[16, 8, 4, 3, 2]
+Tokens = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -40,7 +42,8 @@ class PlanSection(Section):
     """What the cache keeps; widths count over all latents of a layer, null leaves a side whole.
 
     ``groups`` is for every side that changes, ``v_groups`` and ``k_groups`` for one of them.
-    ``kv_budget`` is a fraction of the base's bytes per token, in place of widths.
+    ``kv_budget`` is a fraction of the base's bytes per token, in place of widths. Latents of fewer
+    than 16 bits are packed, but for the first tokens (``sinks``) and the newest (``window``).
     """
 
     v_dim: int | None = None
@@ -51,6 +54,11 @@ class PlanSection(Section):
     k_rotary_dim: int | None = None
     kv_budget: float | None = None
     allocation: Literal["uniform", "layers"] | None = None
+    v_bits: Bits | None = None
+    k_bits: Bits | None = None
+    k_rotary_bits: Bits | None = None
+    sinks: Tokens = 0
+    window: Tokens = 0
     target: Literal["transformers", "vllm"] = "transformers"
 
 

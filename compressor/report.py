@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout
+
 T = TypeVar("T")
 Results = Mapping[str, Any]
 Form = Callable[[float | None], str]
@@ -234,7 +236,7 @@ def _span(first: int, last: int) -> str:
 def _layer_cells(layer: Results) -> tuple[str, ...]:
     v, nope, rotary = layer["v"], layer["k_nope"], layer["k_rotary"]
     k_width = nope["width"] + rotary["width"]
-    k_bits: Sequence[int] = sorted({nope["bits"], rotary["bits"]})
+    k_bits: Sequence[int] = sorted({part["bits"] for part in (nope, rotary) if part["width"]})
     return (
         f"{_k_groups(layer)} x {k_width}",
         "mapped behind" if nope["after_rope"] else str(rotary["width"]),
@@ -259,8 +261,9 @@ def _counts(layer: Results, frequencies: int) -> list[int] | None:
 
 
 def _bytes(layer: Results) -> tuple[float, ...]:
-    parts = (layer["v"], layer["k_nope"], layer["k_rotary"])
-    return tuple(part["groups"] * part["width"] * part["bits"] / 8 for part in parts)
+    """Return the bytes per token of V, K and rotary K, sinks and window left out."""
+    parts = LayerLayout.from_json(layer).parts
+    return tuple(part.cache_bytes(TYPICAL_TOKENS) / TYPICAL_TOKENS for part in parts)
 
 
 def _spent_cells(layer: Results, loss: Results | None) -> tuple[str, ...]:

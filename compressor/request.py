@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vdcompress.errors import PlanError
+from vdcompress.modeling.layout import BITS
 
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
@@ -31,6 +32,11 @@ class Request:
         kv_budget: fraction of the base's bytes per token, in place of ``v_dim`` and ``k_dim``.
         allocation: ``uniform``, or ``layers`` for widths that differ by layer at the same bytes;
             None is ``layers`` for a budget whose target takes that, else ``uniform``.
+        v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
+        k_bits: of K's likewise.
+        k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
+        sinks: first tokens of a sequence that stay in 16 bits.
+        window: newest tokens that stay in 16 bits.
         target: ``transformers``, or ``vllm``: one layout for all layers, as many K latents as V
             latents, equally wide.
     """
@@ -42,6 +48,11 @@ class Request:
     k_rotary_dim: int | None = None
     kv_budget: float | None = None
     allocation: str | None = None
+    v_bits: int | None = None
+    k_bits: int | None = None
+    k_rotary_bits: int | None = None
+    sinks: int = 0
+    window: int = 0
     target: str = TRANSFORMERS
 
     @classmethod
@@ -59,7 +70,18 @@ class Request:
     @property
     def empty(self) -> bool:
         """Whether nothing is asked for."""
-        return self.v_dim is None and self.k_dim is None and self.kv_budget is None
+        return not self.narrows and not self.packs
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a width or a budget is asked for."""
+        return (self.v_dim, self.k_dim, self.kv_budget) != (None, None, None)
+
+    @property
+    def packs(self) -> bool:
+        """Whether any part shall have fewer than 16 bits."""
+        asked = (self.v_bits, self.k_bits, self.k_rotary_bits)
+        return any(bits is not None and bits < 16 for bits in asked)
 
     @property
     def by_layer(self) -> bool:
@@ -75,6 +97,8 @@ class Request:
         ``optimal`` is as good as ``fisher`` for V with a latent for each head, and needs no
         gradients; for keys and shared latents the loss's own metric is far ahead.
         """
+        if not self.narrows:
+            return "optimal"
         plain = self.k_dim is None and self.kv_budget is None and not self.by_layer
         return "optimal" if plain and self.v_groups is None else "fisher"
 
@@ -103,6 +127,10 @@ class Request:
         words += [f"v{self.v_dim}"] if self.v_dim is not None else []
         words += [f"k{self.k_dim}"] if self.k_dim is not None else []
         words += [f"r{self.k_rotary_dim}"] if self.k_rotary_dim is not None else []
+        bits = (("vb", self.v_bits), ("kb", self.k_bits), ("rb", self.k_rotary_bits))
+        words += [f"{name}{number}" for name, number in bits if number is not None]
+        words += [f"s{self.sinks}"] if self.sinks else []
+        words += [f"w{self.window}"] if self.window else []
         if self.allocation is not None and (self.kv_budget is None) == self.by_layer:
             words.append(self.allocation)
         words += [self.target] if self.target != TRANSFORMERS else []
@@ -119,6 +147,8 @@ class Request:
         found += width_problems("v_dim", self.v_dim, v_groups, shape)
         found += width_problems("k_dim", self.k_dim, k_groups, shape)
         found += self._rotary_problems(k_groups, shape)
+        if self.k_rotary_bits is not None and shape.rotary_dim == shape.head_dim:
+            found.append("k_rotary_bits: RoPE rotates whole heads here, k_bits is what they have")
         found += self._budget_problems(shape)
         settled = self.kv_budget is None or (self.v_groups and self.k_groups)
         if settled and max(v_groups, k_groups) % min(v_groups, k_groups):
@@ -144,7 +174,8 @@ class Request:
     def _choices(self) -> list[str]:
         found = []
         if self.empty:
-            found.append("no width: neither v_dim nor k_dim nor kv_budget is given")
+            found.append("no width and no bits: neither v_dim, k_dim, kv_budget nor bits are given")
+        found += self._bits_problems()
         if self.kv_budget is not None:
             if not 0 < self.kv_budget <= 1:
                 found.append(f"kv_budget {self.kv_budget:g} is not above 0 and at most 1")
@@ -157,6 +188,23 @@ class Request:
             found.append(f"target {self.target!r} is none of {', '.join(TARGETS)}")
         if self.target == VLLM and self.allocation == LAYERS:
             found.append("vllm takes one layout for all layers, not allocation over layers")
+        return found
+
+    def _bits_problems(self) -> list[str]:
+        found = []
+        for name in ("v_bits", "k_bits", "k_rotary_bits"):
+            bits = getattr(self, name)
+            if bits is not None and bits not in BITS:
+                found.append(f"{name} {bits} is none of {', '.join(map(str, BITS))}")
+        for name in ("sinks", "window"):
+            if getattr(self, name) < 0:
+                found.append(f"{name} {getattr(self, name)} is below zero")
+            if getattr(self, name) and not self.packs:
+                found.append(f"{name} without bits: every token stays in 16 bits")
+        if self.packs and self.kv_budget is not None:
+            found.append("kv_budget excludes bits: name widths")
+        if self.packs and self.target == VLLM:
+            found.append("vllm has no cache of packed latents")
         return found
 
     def _rotary_problems(self, groups: int, shape: ModelShape) -> list[str]:

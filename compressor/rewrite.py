@@ -13,12 +13,21 @@ from vdcompress.calibrate import PULLS
 from vdcompress.errors import PlanError
 from vdcompress.events import OnEvent, Progress, ignore
 from vdcompress.families.base import AttentionWeights, Projection
-from vdcompress.latents.keys import KeyProblem, KeyWeights, keep_keys, solve_keys
+from vdcompress.latents.keys import (
+    KeyProblem,
+    KeyWeights,
+    keep_centred_keys,
+    keep_keys,
+    keep_keys_behind_rope,
+    solve_keys,
+)
 from vdcompress.latents.refit import refit
+from vdcompress.latents.rotation import rotate_keys, rotate_values, rotates
 from vdcompress.latents.values import (
     ValueProblem,
     ValueWeights,
     fold,
+    keep_centred,
     keep_everything,
     map_per_head,
 )
@@ -88,6 +97,10 @@ def needed_statistics(start: Start, shape: ModelShape, plan: Plan | None = None)
     if plan is None or any(groups < shape.kv_heads for groups in narrower):
         shared = initializer.shared_needs
         needs = needs | (initializer.needs if shared is None else shared)
+    if any(layer.v.packed and layer.v_dim == shape.kv_dim for layer in layers):
+        needs = needs | {"values"}
+    if any(layer.k_nope.packed or layer.k_nope.after_rope for layer in layers):
+        needs = needs | {"keys"}
     if plan is None or any(not _keeps_keys(shape, plan, index) for index in range(shape.layers)):
         needs = needs | initializer.key_needs
         own = plan is None or any(layer.k_groups == shape.kv_heads for layer in plan.layers)
@@ -140,9 +153,18 @@ def solve_values_of(
         statistics=statistics,
         generator=_generator(plan, index),
     )
+    solved = _solved_values(problem, plan, index)
+    if rotates(part, plan.start.rotate):
+        return rotate_values(solved, part, _generator(plan, index))
+    return solved
+
+
+def _solved_values(problem: ValueProblem, plan: Plan, index: int) -> ValueWeights:
+    part = plan.layers[index].v
     combine = map_per_head if part.maps == "per_head" else fold
     if part.width == problem.v_weight.shape[1]:
-        return combine(problem, keep_everything(problem))
+        kept = keep_centred if part.packed else keep_everything
+        return combine(problem, kept(problem))
     latents = initializers.get(plan.start.initializer).solve(problem)
     if part.maps == "per_head":
         return map_per_head(problem, latents)
@@ -166,10 +188,20 @@ def solve_keys_of(
         statistics=statistics,
         generator=_generator(plan, index),
     )
-    if _keeps_keys(shape, plan, index):
-        return keep_keys(problem)
-    metric = initializers.get(plan.start.initializer).keys(problem)
-    return solve_keys(problem, metric, plan.start.alternate)
+    solved, layout = _solved_keys(problem, plan, index), problem.layout
+    wanted = plan.start.rotate
+    if rotates(layout.k_nope, wanted) or rotates(layout.k_rotary, wanted):
+        return rotate_keys(solved, layout, _generator(plan, index), wanted)
+    return solved
+
+
+def _solved_keys(problem: KeyProblem, plan: Plan, index: int) -> KeyWeights:
+    if not _keeps_keys(plan.shape, plan, index):
+        metric = initializers.get(plan.start.initializer).keys(problem)
+        return solve_keys(problem, metric, plan.start.alternate)
+    if problem.layout.k_nope.after_rope:
+        return keep_keys_behind_rope(problem)
+    return keep_centred_keys(problem) if problem.layout.k_nope.packed else keep_keys(problem)
 
 
 def require_supported(shape: ModelShape, plan: Plan) -> None:
@@ -177,16 +209,19 @@ def require_supported(shape: ModelShape, plan: Plan) -> None:
     found = []
     if plan.shape != shape:
         found.append(f"the plan is for {plan.shape}, the model is {shape}")
-    for index, layer in enumerate(plan.layers):
-        if any(part.bits != 16 for part in layer.parts):
-            found.append(f"layer {index}: no quantiser packs latents yet")
     if found:
         raise PlanError(found, "use make_plan(shape, v_dim=..., k_dim=...)")
 
 
 def _keeps_keys(shape: ModelShape, plan: Plan, index: int) -> bool:
+    """Say whether the K latents of a layer are the base's keys, rotated at most."""
     full, layer = shape.full_layout(), plan.layers[index]
-    return (layer.k_nope, layer.k_rotary) == (full.k_nope, full.k_rotary)
+    if layer.k_nope.after_rope:
+        return layer.k_groups == shape.kv_heads and layer.k_head_dim == shape.head_dim
+    kept = ((part.groups, part.width, part.maps) for part in (layer.k_nope, layer.k_rotary))
+    whole = ((part.groups, part.width, part.maps) for part in (full.k_nope, full.k_rotary))
+    same = layer.k_rotary.frequencies == full.k_rotary.frequencies
+    return same and list(kept) == list(whole)
 
 
 def _generator(plan: Plan, index: int) -> torch.Generator:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vdcompress.modeling.layout import LayerLayout
+from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout
 
 FLASHINFER_WIDTHS = (64, 128, 256, 512)
 CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -175,11 +175,11 @@ def tokens_per_gib(layers: Sequence[LayerLayout], ranks: int) -> int:
     A latent is never cut: with more ranks than groups each rank keeps one, replicated.
     """
     per_rank = sum(
-        -(-layer.v_groups // ranks) * layer.v_head_dim
-        + -(-layer.k_groups // ranks) * layer.k_head_dim
+        replace(part, groups=-(-part.groups // ranks)).cache_bytes(TYPICAL_TOKENS)
         for layer in layers
+        for part in layer.parts
     )
-    return GIB // (2 * per_rank)
+    return GIB * TYPICAL_TOKENS // per_rank
 
 
 def _verdict(backend: Backend, layers: Sequence[LayerLayout]) -> Verdict:
@@ -199,4 +199,6 @@ def _verdict(backend: Backend, layers: Sequence[LayerLayout]) -> Verdict:
     if not backend.engine.startswith("transformers"):
         most = ranks(layers)
         note += f"; up to {most} ranks" if most > 1 else "; one rank"
+    if not own and any(layer.packed for layer in layers):
+        note += "; keeps packed latents in 16 bits"
     return Verdict(backend.engine, backend.backend, True, note)

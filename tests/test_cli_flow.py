@@ -71,6 +71,7 @@ def test_apply_prints_one_document(
         "refit": "none",
         "alternate": 0,
         "seed": 0,
+        "rotate": None,
     }
     assert found["kv_cache"]["reduction"] == 0.25
     assert found["kv_cache"]["measured"]["reduction"] == 0.25

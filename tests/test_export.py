@@ -96,7 +96,7 @@ def test_code_that_needs_vdcompress_is_refused(
     ("name", "old", "new", "says"),
     [
         ("latent.py", "first * cos - second * sin", "first * cos + second * sin", "other logits"),
-        ("cache.py", "x.numel() * x.element_size()", "2 * x.numel()", "bytes per token"),
+        ("cache.py", "x.numel() * x.element_size()", "2 * x.numel()", r"bytes for \d+ tokens"),
         ("attention.py", "import contextlib", "import contextlib, (", "does not load"),
     ],
 )
@@ -125,7 +125,7 @@ def test_tampered_code_is_refused(
     [
         ({"logits": lambda x: [x[0] + 0.1, *x[1:]]}, "other logits"),
         ({"logits": lambda x: [float("nan"), *x[1:]]}, "other logits"),
-        ({"cache_bytes": lambda x: x + 1}, "bytes per token"),
+        ({"cache_bytes": lambda x: x + 1}, r"bytes for \d+ tokens"),
     ],
 )
 def test_other_answers_are_refused(

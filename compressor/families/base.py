@@ -156,10 +156,9 @@ class Family(ABC):
         """
         shape = plan.shape
         full = shape.head_dim - shape.rotary_dim
+        folded = [layer.k_nope for layer in plan.layers if not layer.k_nope.after_rope]
         centred = any(
-            0 < layer.k_nope.width < full * shape.kv_heads // layer.k_groups
-            and not layer.k_nope.after_rope
-            for layer in plan.layers
+            nope.packed or 0 < nope.width < full * shape.kv_heads // nope.groups for nope in folded
         )
         base = self.projection_bias(config)
         return base | {"k": base["k"] or centred, "v": True, "o": True}

@@ -149,7 +149,7 @@ def _folded(problem: KeyProblem, metric: KeyMetric, rounds: int) -> KeyWeights:
     k_weight = problem.k_weight[:, still].unflatten(0, (problem.groups, -1)).flatten(1, 2)
     k_bias = problem.k_bias[:, still].unflatten(0, (problem.groups, -1)).flatten(1, 2)
     center = _of_heads(metric.keys.mean, problem.joined, still)
-    if layout.k_nope.width == k_weight.shape[1]:
+    if layout.k_nope.width == k_weight.shape[1] and not layout.k_nope.packed:
         center = torch.zeros_like(center)
     weights = encoder @ k_weight, torch.einsum("grn,gn->gr", encoder, k_bias - center)
     queries = (
@@ -226,6 +226,30 @@ def keep_keys(problem: KeyProblem) -> KeyWeights:
         problem.q_bias.flatten(),
         problem.k_weight.flatten(0, 1),
         problem.k_bias.flatten(),
+    )
+
+
+def keep_centred_keys(problem: KeyProblem) -> KeyWeights:
+    """Return the base's own projections, unrotated keys without their mean.
+
+    The softmax does not see what is taken away, and few bits would have to carry it.
+    """
+    still, mean = slice(problem.rotary_dim, None), problem.keys().mean
+    center = torch.zeros_like(problem.k_bias)
+    center[:, still] = mean.unflatten(-1, (problem.joined, -1)).flatten(0, 1)[:, still]
+    return keep_keys(replace(problem, k_bias=problem.k_bias - center))
+
+
+def keep_keys_behind_rope(problem: KeyProblem) -> KeyWeights:
+    """Return maps behind RoPE that leave whole keys and queries as they are, but for the mean."""
+    heads, d, _hidden = problem.q_weight.shape
+    same = torch.eye(d, dtype=torch.float64, device=problem.q_weight.device)
+    kept = keep_keys(problem)
+    return replace(
+        kept,
+        q_expand=same.expand(heads, d, d),
+        k_compress=same.expand(problem.groups, d, d),
+        k_shift=-problem.keys().mean.unsqueeze(1).to(same),
     )
 
 

@@ -157,10 +157,18 @@ def decoded(problem: ValueProblem, encoder: Tensor, decoder: Tensor, center: Ten
 
 def keep_everything(problem: ValueProblem) -> Latents:
     """Latents of full width: E = I and nothing folded, so every weight stays what it was."""
+    return _everything(problem, torch.zeros_like(problem.v_bias))
+
+
+def keep_centred(problem: ValueProblem) -> Latents:
+    """Latents of full width without their mean, which few bits would have to carry."""
+    return _everything(problem, problem.values().mean.to(problem.v_bias))
+
+
+def _everything(problem: ValueProblem, center: Tensor) -> Latents:
     groups, n, _hidden = problem.v_weight.shape
     identity = torch.eye(n, dtype=torch.float64, device=problem.v_weight.device)
-    nothing = torch.zeros_like(problem.v_bias)
-    return orthogonal(problem, identity.expand(groups, n, n), nothing)
+    return orthogonal(problem, identity.expand(groups, n, n), center)
 
 
 def per_head(x: Tensor, sharing: int) -> Tensor:

@@ -57,6 +57,12 @@ class LatentConfig:
             raise ValueError("this config has no kv_layout: it was not written by vdcompress")
         return LayerLayout.from_json(self.kv_layout[layer])
 
+    @property
+    def packed(self) -> bool:
+        """Whether any layer's cache is packed in few bits."""
+        layers = range(len(self.kv_layout or ()))
+        return any(self.layer_layout(layer).packed for layer in layers)
+
 
 class LatentRotaryEmbedding(nn.Module):
     """cos and sin [b, t, pairs] of explicit inverse frequencies, in float32 whatever the model's.
@@ -241,8 +247,7 @@ class LatentModel:
 
     def keep_latents_packed(self) -> None:
         """Let a forward pass of this body use the cache that its config asks for."""
-        layers = range(self.config.num_hidden_layers)  # type: ignore[attr-defined]
-        if any(self.config.layer_layout(layer).packed for layer in layers):  # type: ignore[attr-defined]
+        if self.config.packed:  # type: ignore[attr-defined]
             self.register_forward_pre_hook(with_own_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
     def get_correct_attn_implementation(

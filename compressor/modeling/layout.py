@@ -15,6 +15,7 @@ from .schemes import QUANTIZED_BITS, SCHEMES
 
 BITS = (16, *QUANTIZED_BITS)
 MAPS = ("folded", "per_head")
+TYPICAL_TOKENS = 2048  # for shares of a token that depend on the length of its sequence
 
 
 @dataclass(frozen=True)

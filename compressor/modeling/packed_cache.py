@@ -123,10 +123,13 @@ class PackedPart:
 
     def nbytes(self) -> int:
         """Bytes of what is stored; copies that only serve to take tokens back are not counted."""
-        rooms = (self.sinks, self.exact, *self.packed)
+        return self.exact_nbytes() + sum(room.nbytes() for room in self.packed)
+
+    def exact_nbytes(self) -> int:
+        """Bytes of the numbers that are not packed, in the model's dtype."""
         late = self.tokens - self.ageing.packed_stop(self.tokens)
         recent = self.recent.nbytes_of(max(0, late)) if self.quantizer else 0
-        return sum(room.nbytes() for room in rooms) + recent
+        return self.sinks.nbytes() + self.exact.nbytes() + recent
 
     def nbytes_allocated(self) -> int:
         """Bytes of the rooms, spare capacity included."""
@@ -162,8 +165,8 @@ class PackedLayer(CacheLayerMixin):
         return [*self.key_parts, self.value_part]
 
     def lazy_initialization(self, key_states: Tensor, _value_states: Tensor) -> None:
-        """Remember the device."""
-        self.device, self.is_initialized = key_states.device, True
+        """Remember the device and the dtype."""
+        self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
@@ -239,6 +242,10 @@ class PackedLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of what is stored."""
         return sum(part.nbytes() for part in self.parts)
+
+    def exact_nbytes(self) -> int:
+        """Bytes of the numbers that are not packed, in :attr:`dtype`."""
+        return sum(part.exact_nbytes() for part in self.parts)
 
     def nbytes_allocated(self) -> int:
         """Bytes of the rooms."""

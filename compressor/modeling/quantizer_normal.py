@@ -37,7 +37,8 @@ class NormalQuantizer(Quantizer):
         codes = torch.arange(self.top + 1, dtype=torch.float32, device=x.device)
         levels = self.levels(codes)
         between = (levels[1:] + levels[:-1]) / 2
-        return torch.bucketize(x / scale.float(), between).to(torch.uint8)
+        ratio = (x / scale.float()).contiguous()
+        return torch.bucketize(ratio, between).to(torch.uint8)
 
     def levels(self, codes: Tensor) -> Tensor:
         """Return the levels of codes; exact to rounding in any floating point dtype."""

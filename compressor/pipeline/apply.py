@@ -72,6 +72,11 @@ def compress(
     k_rotary_dim: int | None = None,
     kv_budget: float | None = None,
     allocation: str | None = None,
+    v_bits: int | None = None,
+    k_bits: int | None = None,
+    k_rotary_bits: int | None = None,
+    sinks: int | None = None,
+    window: int | None = None,
     target: str | None = None,
     recipe: Recipe | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -90,6 +95,11 @@ def compress(
         k_rotary_dim: how much of ``k_dim`` is rotary.
         kv_budget: fraction of the base's bytes per token, in place of widths.
         allocation: ``uniform``, or ``layers`` for widths that differ by layer.
+        v_bits: of V's latents, 16, 8, 4, 3 or 2; alone it packs the whole values.
+        k_bits: of K's likewise.
+        k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
+        sinks: first tokens of a sequence that stay in 16 bits.
+        window: newest tokens that stay in 16 bits.
         target: ``transformers`` or ``vllm``, what the layout is for.
         recipe: further settings; None takes the defaults.
         overrides: single settings, such as ``{"calibration.data": "text.jsonl"}``.
@@ -111,6 +121,11 @@ def compress(
         "k_rotary_dim": k_rotary_dim,
         "kv_budget": kv_budget,
         "allocation": allocation,
+        "v_bits": v_bits,
+        "k_bits": k_bits,
+        "k_rotary_bits": k_rotary_bits,
+        "sinks": sinks,
+        "window": window,
         "target": target,
     }
     values = {"model": model, **{f"plan.{name}": value for name, value in asked.items()}}

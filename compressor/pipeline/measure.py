@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vdcompress.cache_size import CacheSize, measure_cache
 from vdcompress.evaluate import Evaluation, evaluate
 from vdcompress.events import OnEvent, Stopwatch
+from vdcompress.modeling.layout import TYPICAL_TOKENS
 from vdcompress.pipeline.document import kv_cache
 from vdcompress.pipeline.text import evaluation_data
 from vdcompress.plan import Plan
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from vdcompress.artifact import Compressed
     from vdcompress.load import Base
 
-PROMPT_TOKENS = 64
+PROMPT_TOKENS, NEW_TOKENS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,23 @@ def measure(
             on_event=on_event,
         )
     with watch.stage("cache"):
-        cache = measure_cache(compressed.model, tokens[:PROMPT_TOKENS])
+        prompt = prompt_tokens(compressed)
+        cache = measure_cache(
+            compressed.model,
+            tokens[:prompt],
+            prompt_tokens=prompt,
+            new_tokens=NEW_TOKENS,
+        )
     return Measured(quality, cache)
+
+
+def prompt_tokens(compressed: Compressed) -> int:
+    """Return how long a prompt leaves the cache that the plan's bytes per token speak of.
+
+    A packed cache that keeps some tokens exact is measured at the length of the plan's figure, or
+    as long as the model reads. The last new token is never written.
+    """
+    if not compressed.plan.depends_on_length:
+        return PROMPT_TOKENS
+    longest = getattr(compressed.model.config, "max_position_embeddings", TYPICAL_TOKENS)
+    return max(1, min(TYPICAL_TOKENS, longest) - NEW_TOKENS + 1)

@@ -101,7 +101,9 @@ def checked_request(recipe: Recipe, shape: ModelShape) -> Request:
     if request.empty:
         step, full = 8 * shape.kv_heads, shape.kv_dim
         half = max(step, round(full * 0.625 / step) * step)
-        raise UsageError(f"how wide? V has {full} dimensions here", f"try: --v-dim {half}")
+        raise UsageError(
+            f"how wide? V has {full} dimensions here", f"try: --v-dim {half}, or --v-bits 4"
+        )
     request.require(shape)
     return request
 

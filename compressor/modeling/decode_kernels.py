@@ -226,13 +226,27 @@ def _queries(
 
 
 @triton.jit
-def _scales(part, batch, latent, token, alive, block, TILE: tl.constexpr):
-    """Return scale and zero point, in codes, of tokens [R, N] that are alive."""
-    place = batch * part[5] + latent * part[6] + token * TILE.blocks + block
-    scale = tl.load(part[1] + place, mask=alive, other=1.0).to(tl.float32)
+def _spread(x, SECTION: tl.constexpr):
+    """Give tokens of rows [R, tokens] their columns [R, N], or one that is broadcast."""
+    if SECTION.tokens > 1 and SECTION.tokens < SECTION.columns:
+        heads: tl.constexpr = _static(SECTION.columns // SECTION.tokens)
+        x = tl.broadcast_to(x[:, None, :], [x.shape[0], heads, x.shape[1]])
+        x = tl.reshape(x, _shape(SECTION))
+    return x
+
+
+@triton.jit
+def _scales(part, batch, latent, first, left, block, TILE: tl.constexpr, SECTION: tl.constexpr):
+    """Return scale and zero point, in codes, of tokens as :func:`_spread` gives them."""
+    inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens
+    inner = inner + tl.arange(0, SECTION.tokens)[None, :]
+    place = batch * part[5] + latent * part[6] + (first + inner) * TILE.blocks + block
+    scale = tl.load(part[1] + place, mask=inner < left, other=1.0).to(tl.float32)
+    scale = _spread(scale, SECTION)
     zero = scale
     if TILE.has_zero:
-        zero = tl.load(part[2] + place, mask=alive, other=0).to(tl.float32) * TILE.zero_unit
+        zero = tl.load(part[2] + place, mask=inner < left, other=0).to(tl.float32)
+        zero = _spread(zero * TILE.zero_unit, SECTION)
     return scale, zero
 
 
@@ -255,8 +269,6 @@ def _part_scores(
     group,
     first,
     left,
-    token,
-    alive,
     grow,
     TILE: tl.constexpr,
     SECTION: tl.constexpr,
@@ -275,19 +287,18 @@ def _part_scores(
             for t in tl.static_range(_length(TILE.terms)):
                 if TILE.terms[t][0] == block:
                     tile = tiles[latent * _length(TILE.terms) + t]
-                    field = _numbers(
-                        units[TILE.terms[t][1]], _field(TILE, t), TILE, UPCAST
-                    )
+                    field = _numbers(units[TILE.terms[t][1]], _field(TILE, t), TILE, UPCAST)
                     if TILE.by_channel:
                         scale, zero = _channel_scales(part, batch, number, first, t, TILE)
                         top = tl.maximum(tl.max(scale, 0), 1e-30)
-                        scaled = tile * (scale / top)[:, None]
-                        lost = _power(_field(TILE, t).position) * tl.sum(
-                            tile * (scale * zero)[:, None], 0
-                        )
-                        if not UPCAST:
-                            scaled = scaled.to(tl.float16)
-                        found += tl.dot(field, scaled) * (top * CODE) - lost[None, :]
+                        scaled = (tile * (scale / top)[:, None]).to(tl.float16)
+                        level = tl.broadcast_to(zero[None, :].to(tl.float16), field.shape)
+                        if UPCAST:
+                            scaled = scaled.to(tl.float32)
+                            level = level.to(tl.float32)
+                        power = _power(_field(TILE, t).position)
+                        found += tl.dot(field, scaled) * (top * CODE)
+                        found -= tl.dot(level, scaled) * (top * power)
                     else:
                         found = tl.dot(field, tile, found)
             if TILE.exact:
@@ -295,7 +306,7 @@ def _part_scores(
             elif TILE.by_channel:
                 total += found * grow
             else:
-                scale, zero = _scales(part, batch, number, token, alive, block, TILE)
+                scale, zero = _scales(part, batch, number, first, left, block, TILE, SECTION)
                 if TILE.has_zero:
                     found = found * CODE - zero * sums[latent * TILE.blocks + block][None, :]
                 total += found * (scale * grow)
@@ -303,16 +314,16 @@ def _part_scores(
 
 
 @triton.jit
-def _value_scales(part, batch, group, token, alive, TILE: tl.constexpr, SECTION: tl.constexpr):
+def _value_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl.constexpr):
     """Return scales and zero points of every block of the values, and the largest scale."""
     scales = ()
     zeros = ()
-    top = tl.zeros(_shape(SECTION), tl.float32) + 1.0
+    top = 1.0
     if not (TILE.exact or TILE.by_channel):
         for latent in tl.static_range(_static(TILE.latents)):
             for block in tl.static_range(_static(TILE.blocks)):
                 number = group * TILE.latents + latent
-                scale, zero = _scales(part, batch, number, token, alive, block, TILE)
+                scale, zero = _scales(part, batch, number, first, left, block, TILE, SECTION)
                 scales = scales + (scale,)
                 zeros = zeros + (zero,)
                 if latent + block == 0:
@@ -362,11 +373,8 @@ def _add_values(
                 own = own.to(tl.float32)
             scaled = scaled + (own,)
             if TILE.has_zero and not TILE.by_channel:
-                index = latent * TILE.blocks + block
                 taken = own.to(tl.float32) * zeros[latent * TILE.blocks + block]
-                new_lost = new_lost + (
-                    lost[latent * TILE.blocks + block] * kept[None, :] + taken,
-                )
+                new_lost = new_lost + (lost[latent * TILE.blocks + block] * kept[None, :] + taken,)
         for t in tl.static_range(_length(TILE.terms)):
             field = _numbers(units[TILE.terms[t][1]], _field(TILE, t), TILE, UPCAST)
             own = scaled[TILE.terms[t][0]]
@@ -405,9 +413,7 @@ def _store(
                 found = found * code - zero[None, :]
             elif not (TILE.exact or TILE.normal or TILE.by_channel):
                 found = found * (CODE * _power(-_field(TILE, t).position))
-            at, code, inside = _units(
-                _piece(TILE, t), _field(TILE, t), TILE, SECTION.tokens
-            )
+            at, code, inside = _units(_piece(TILE, t), _field(TILE, t), TILE, SECTION.tokens)
             inside = inside & (code // TILE.block == TILE.terms[t][0])
             kept = inside[:, None] & _own_head(head, latent, TILE, SECTION)[None, :]
             kept = kept & (at[:, None] == place[None, :])
@@ -497,8 +503,6 @@ def _attend_section(
                 group,
                 at,
                 left,
-                at + inner,
-                alive,
                 grow,
                 _of(SECTION.keys, k),
                 SECTION,
@@ -512,9 +516,7 @@ def _attend_section(
         if VALUES.moved:
             at = first + counts[5 + _length(SECTION.keys)]
         values = parts[_length(SECTION.keys)]
-        scales, zeros, top = _value_scales(
-            values, batch, group, at + inner, alive, VALUES, SECTION
-        )
+        scales, zeros, top = _value_scales(values, batch, group, at, left, VALUES, SECTION)
         ranked = scores
         if not (VALUES.exact or VALUES.by_channel):
             ranked = scores + ((top.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
@@ -546,7 +548,7 @@ def _attend_section(
     tl.store(norm_out + row, tl.sum(norm, 0), mask=head < SECTION.heads)
 
 
-@triton.jit(do_not_specialize=["counts", "slots", "factor"])
+@triton.jit(do_not_specialize=["counts", "slots", "factor", "mask_b"])
 def attend(
     query,
     query_b,
@@ -593,7 +595,9 @@ def attend(
         first_head = group * SECTIONS[s].heads
         row = (batch * heads + first_head) * slots
         split = program - counts[s][2]
-        if (split >= 0) & (split * counts[s][4] * SECTIONS[s].rows * SECTIONS[s].tokens < counts[s][0]):
+        if (split >= 0) & (
+            split * counts[s][4] * SECTIONS[s].rows * SECTIONS[s].tokens < counts[s][0]
+        ):
             _attend_section(
                 query + batch * query_b + first_head * SECTIONS[s].query_stride,
                 out + row * SECTIONS[s].values.width,

@@ -1,4 +1,4 @@
-"""How the decode kernel cuts its work, by shape: a table, measured."""
+"""How the decode kernel cuts its work: a table, filled from ``bench/decode_cuda.py --sweep``."""
 
 from __future__ import annotations
 
@@ -13,23 +13,36 @@ class Settings:
         rows: of a block, 16 or more.
         warps: of a program.
         stages: blocks that are on their way from memory at a time.
-        programs: for each multiprocessor.
+        programs: for each multiprocessor, where there is work for so many.
+        registers: most of a thread; None leaves it to the compiler.
     """
 
     rows: int = 16
     warps: int = 1
     stages: int = 3
     programs: int = 8
+    registers: int | None = None
 
 
-DEFAULT = Settings()
+LEAST_BLOCKS = 4  # of a program
+# by the most bits of a part, and whether a row holds more than one latent
+TABLE = {
+    (16, True): Settings(16, 1, 3, 4),
+    (8, True): Settings(16, 1, 3, 8),
+    (4, True): Settings(16, 1, 4, 8),
+    (16, False): Settings(32, 2, 3, 4),
+    (8, False): Settings(32, 2, 3, 6),
+    (4, False): Settings(32, 2, 4, 6),
+}
 
 
-def settings_for(parts: tuple[tuple[str, int, int], ...], heads: int) -> Settings:
+def settings_for(bits: tuple[int, ...], tokens: int) -> Settings:
     """Return the settings.
 
     Args:
-        parts: form, bits and width of each part, the values last.
-        heads: that share a latent.
+        bits: of each part's numbers.
+        tokens: latents of a row.
     """
-    return DEFAULT
+    known = [key for key, _ in TABLE]
+    most = min(each for each in known if each >= min(max(bits), max(known)))
+    return TABLE[most, tokens > 1]

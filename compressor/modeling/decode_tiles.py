@@ -138,7 +138,11 @@ class Tile:
             f"and.b32 x, x, {(self.mask << field.position) * TWICE};",
         ]
         if self.normal:
-            a, b, thousand = _two_halves(self.cubic[0]), _two_halves(self.cubic[1]), _two_halves(1024)
+            a, b, thousand = (
+                _two_halves(self.cubic[0]),
+                _two_halves(self.cubic[1]),
+                _two_halves(1024),
+            )
             unit, half = _two_halves(2.0**-field.position), _two_halves(self.mask / 2)
             lines += [
                 f"or.b32 x, x, {thousand}; mov.b32 y, {thousand}; sub.f16x2 x, x, y;",
@@ -258,7 +262,7 @@ def _packed_units(bits: int, width: int) -> tuple[int, int, int, tuple[Field, ..
 
 @dataclass(frozen=True)
 class _Spread:
-    """Where the codes of a row are: units of a latent, latents, and the first code of each field."""
+    """Where the codes of a row are: ``firsts`` is the first code of each field, else as a Tile."""
 
     units: int
     tokens: int

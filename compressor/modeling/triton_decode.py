@@ -1,10 +1,9 @@
 """Decoding over latents in few bits on CUDA: what the kernels are given, and how work is split.
 
-A sequence is cut into sections: in each, a part has all its tokens in one form (sinks, packed, new
-ones that are still exact). A section is split among programs, and a second kernel joins what they
-leave. Shapes: b sequences, h query heads, g latents of a part, s tokens, k and v widths. Nothing
-here reads a tensor on the host, and what is allocated depends on shapes alone, so that a CUDA graph
-may hold it.
+A sequence is a few spans of tokens, :mod:`decode_spans`. A span is split among programs, and a
+second kernel joins what they leave. Shapes: b sequences, h query heads, g latents of a part,
+s tokens, k and v widths. Nothing here reads a tensor on the host, and what is allocated depends on
+shapes alone, so that a CUDA graph may hold it.
 """
 
 from __future__ import annotations
@@ -12,73 +11,52 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .decode_kernels import attend, join
-from .decode_settings import Settings, settings_for
+from .decode_settings import LEAST_BLOCKS, Settings, settings_for
+from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT, Section, Tile, power_of_two, tile, tokens_per_row
-from .packed_latents import PackedLatents, StoredPart
-from .quantizer import Packed
-from .schemes import GROUP_TOKENS
+from .packed_latents import PackedLatents
+from .schemes import GROUP_TOKENS, PER_CHANNEL
 
 INTERPRETED = type(attend).__name__ == "InterpretedFunction"
 HALVES = (torch.float16, torch.bfloat16)
 MOST_HEADS = 64  # of one latent, whose queries are held at once
 JOINED_NUMBERS = 8192  # that are joined at a time
+JOINING_WARPS = 8
 
 
-class PartTokens(NamedTuple):
-    """Tokens of one part in one form.
-
-    Attributes:
-        codes: numbers [b, g, s, width] or packed codes [b, g, s, bytes]; a latent's tokens lie
-            behind each other without a gap.
-        scale: [b, g, s / token_block, blocks], None for numbers.
-        zero: likewise, None where a scheme has none.
-        form: ``exact`` or the name of a scheme.
-        bits: of a number.
-        width: numbers per latent.
-        first: the first token wanted.
-        moved: whether ``first`` may be another than 0.
-    """
-
-    codes: Tensor
-    scale: Tensor | None
-    zero: Tensor | None
-    form: str
-    bits: int
-    width: int
-    first: int = 0
-    moved: bool = False
+def attend_packed(
+    query: Tensor, key: PackedLatents, value: PackedLatents, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend over packed latents as :func:`decode` does; None where it cannot."""
+    if not can_decode(query, [part.exact for part in (*key.parts, *value.parts)]):
+        return None
+    return decode(query, spans_of(key, value), mask, scaling)
 
 
-class Span(NamedTuple):
-    """Tokens that follow each other, and the form of each part of them.
-
-    Attributes:
-        start: number of the first one in the sequence.
-        tokens: how many; there may be none.
-        keys: the parts of the keys.
-        values: the values.
-    """
-
-    start: int
-    tokens: int
-    keys: tuple[PartTokens, ...]
-    values: PartTokens
-
-    @property
-    def parts(self) -> tuple[PartTokens, ...]:
-        """All parts, as a kernel takes them."""
-        return (*self.keys, self.values)
+def attend_exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend over latents [b, g, s, width] in 16 bits as :func:`decode` does; None if it cannot."""
+    if not can_decode(query, [key, value]):
+        return None
+    return decode(query, [Span(0, key.shape[2], (exact(key),), exact(value))], mask, scaling)
 
 
-def exact(x: Tensor, first: int = 0, *, moved: bool = False) -> PartTokens:
-    """Return tokens that are stored as they are, ``x`` [b, g, s, width]."""
-    return PartTokens(x, None, None, EXACT, 16, x.shape[-1], first, moved)
+def can_decode(query: Tensor, exact_numbers: Sequence[Tensor]) -> bool:
+    """Whether :func:`decode` knows a case: one query in 16 bits, and numbers of its dtype."""
+    groups = min(x.shape[1] for x in exact_numbers)
+    return (
+        query.shape[2] == 1
+        and query.dtype in HALVES
+        and all(x.dtype == query.dtype for x in exact_numbers)
+        and query.shape[1] // groups <= MOST_HEADS
+        and not query.requires_grad
+    )
 
 
 def decode(
@@ -104,8 +82,9 @@ def decode(
     b, h, _, k = query.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     groups = min(part.codes.shape[1] for part in spans[0].parts)
-    settings = settings or settings_for(spans_key(spans), h // groups)
-    sections = tuple(_section(span, settings, h // groups, groups, k, query.stride(1)) for span in spans)
+    settings = settings or _settings(spans, h // groups)
+    shape = (h // groups, groups, k, query.stride(1))
+    sections = tuple(_section(span, settings.rows, *shape) for span in spans)
     counts, programs, slots = _counts(spans, sections, b * groups, settings, query.device)
     width = sections[0].values.width
     left = torch.empty(b * h * slots * (width + 2), dtype=torch.float32, device=query.device)
@@ -130,35 +109,44 @@ def decode(
         UPCAST=INTERPRETED,
         num_warps=settings.warps,
         num_stages=settings.stages,
+        maxnreg=settings.registers,
     )
     output = torch.empty(b, h, 1, width, dtype=query.dtype, device=query.device)
     room = power_of_two(width)
     step = min(power_of_two(slots), max(1, JOINED_NUMBERS // room))
-    join[(b * h,)](out, most, norm, output, slots, WIDTH=width, ROOM=room, STEP=step)
+    sizes = {"WIDTH": width, "ROOM": room, "STEP": step}
+    join[(b * h,)](out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS)
     return output
 
 
-def spans_key(spans: Sequence[Span]) -> tuple[tuple[str, int, int], ...]:
-    """Return what the settings depend on: form, bits and width of each part of the longest span."""
-    longest = max(spans, key=lambda span: span.tokens)
-    return tuple((part.form, part.bits, part.width) for part in longest.parts)
+def _settings(spans: Sequence[Span], heads: int) -> Settings:
+    """Return the table's settings for the span with the most packed parts."""
+    packed = max(spans, key=lambda span: sum(part.form != EXACT for part in span.parts))
+    bits = tuple(part.bits for part in packed.parts)
+    return settings_for(bits, _tokens_per_row(packed, heads))
+
+
+def _by_channel(span: Span) -> bool:
+    return any(part.form == PER_CHANNEL.name for part in span.parts)
+
+
+def _tokens_per_row(span: Span, heads: int) -> int:
+    return 1 if _by_channel(span) else tokens_per_row(heads, max(p.width for p in span.parts))
 
 
 def _section(  # noqa: PLR0917
-    span: Span, settings: Settings, heads: int, groups: int, width: int, stride: int
+    span: Span, rows: int, heads: int, groups: int, width: int, stride: int
 ) -> Section:
-    by_channel = any(part.form == "per_channel" for part in span.parts)
-    widest = max(part.width for part in span.parts)
-    tokens = 1 if by_channel else tokens_per_row(heads, widest)
-    rows = GROUP_TOKENS if by_channel else settings.rows
-    tiles, first = [], 0
+    tokens = _tokens_per_row(span, heads)
+    tiles: list[Tile] = []
     for part in span.parts:
+        first = sum(tile.width for tile in tiles)
         tiles.append(_tile(part, tokens, span.tokens, groups, first))
-        first += part.width
+    rows = GROUP_TOKENS if _by_channel(span) else rows
     return Section(tuple(tiles[:-1]), tiles[-1], heads, tokens, rows, width, stride)
 
 
-def _tile(part: PartTokens, tokens: int, stored: int, groups: int, first: int) -> Tile:
+def _tile(part: PartTokens, tokens: int, wanted: int, groups: int, first: int) -> Tile:
     packed = part.form != EXACT
     return tile(
         part.form,
@@ -167,17 +155,16 @@ def _tile(part: PartTokens, tokens: int, stored: int, groups: int, first: int) -
         tokens=tokens,
         latents=part.codes.shape[1] // groups,
         first=first,
-        whole=packed and not part.moved and _whole(part.codes, stored, tokens),
+        whole=packed and not part.moved and _has_room(part.codes, -(-wanted // tokens) * tokens),
         moved=part.moved,
     )
 
 
-def _whole(codes: Tensor, stored: int, tokens: int) -> bool:
-    """Whether there is memory for as many tokens as fill the last row."""
-    last = (-(-stored // tokens) * tokens) * codes.shape[3]
+def _has_room(codes: Tensor, tokens: int) -> bool:
+    """Whether there is memory for so many tokens [b, g, tokens, bytes], wanted or not."""
     before = (codes.shape[0] - 1) * codes.stride(0) + (codes.shape[1] - 1) * codes.stride(1)
     room = codes.untyped_storage().nbytes() // codes.element_size()
-    return codes.storage_offset() + before + last <= room
+    return codes.storage_offset() + before + tokens * codes.shape[3] <= room
 
 
 def _counts(
@@ -193,7 +180,7 @@ def _counts(
     counts, program, slot = [], 0, 0
     for span, section in zip(spans, sections, strict=True):
         blocks = -(-span.tokens // section.block)
-        each = max(1, -(-share // section.block))
+        each = max(LEAST_BLOCKS, -(-share // section.block))
         firsts = (part.first for part in span.parts)
         counts.append((span.tokens, span.start, program, slot, each, *firsts))
         program += -(-blocks // each)
@@ -213,7 +200,7 @@ def _mask(mask: Tensor | None, query: Tensor) -> tuple[int, Tensor, int, int]:
     """Return what the kernel does with a mask, the mask, and strides of sequences and heads."""
     if mask is None:
         return 0, query, 0, 0
-    mask = mask.expand(query.shape[0], query.shape[1], 1, mask.shape[-1])
+    mask = mask.expand(*query.shape[:3], mask.shape[-1])
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     kind = 1 if mask.dtype == torch.bool else 2
     return kind, mask.view(torch.uint8) if kind == 1 else mask, mask.stride(0), mask.stride(1)

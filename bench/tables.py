@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import decode_tables
 import healing_tables
 from cells import ROOT, asked_words, changes, figures, held_out, held_out_kl, results
 
@@ -200,6 +201,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "calibration": lambda: calibration_sets("pythia-70m-standin"),
     "latent-bound": latent_bound,
     **healing_tables.TABLES,
+    **decode_tables.TABLES,
     "candidates": candidates,
 }
 

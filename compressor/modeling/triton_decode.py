@@ -82,9 +82,11 @@ def decode(
     b, h, _, k = query.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     groups = min(part.codes.shape[1] for part in spans[0].parts)
-    settings = settings or _settings(spans, h // groups)
+    settings = settings or table_settings(spans, h // groups)
     shape = (h // groups, groups, k, query.stride(1))
-    sections = tuple(_section(span, settings.rows, *shape) for span in spans)
+    main = _most_packed(spans)
+    most = tokens_per_row_of(main, h // groups) * bytes_per_token(main)
+    sections = tuple(_section(span, most, settings.rows, *shape) for span in spans)
     counts, programs, slots = _counts(spans, sections, b * groups, settings, query.device)
     width = sections[0].values.width
     left = torch.empty(b * h * slots * (width + 2), dtype=torch.float32, device=query.device)
@@ -119,25 +121,38 @@ def decode(
     return output
 
 
-def _settings(spans: Sequence[Span], heads: int) -> Settings:
-    """Return the table's settings for the span with the most packed parts."""
-    packed = max(spans, key=lambda span: sum(part.form != EXACT for part in span.parts))
-    bits = tuple(part.bits for part in packed.parts)
-    return settings_for(bits, _tokens_per_row(packed, heads))
+def table_settings(spans: Sequence[Span], heads: int) -> Settings:
+    """Return the table's settings for spans of latents that so many heads share."""
+    main = _most_packed(spans)
+    bits = tuple(part.bits for part in main.parts)
+    return settings_for(bits, tokens_per_row_of(main, heads))
+
+
+def _most_packed(spans: Sequence[Span]) -> Span:
+    return max(spans, key=lambda span: sum(part.form != EXACT for part in span.parts))
 
 
 def _by_channel(span: Span) -> bool:
     return any(part.form == PER_CHANNEL.name for part in span.parts)
 
 
-def _tokens_per_row(span: Span, heads: int) -> int:
+def tokens_per_row_of(span: Span, heads: int) -> int:
+    """Return how many latents a row of a span has."""
     return 1 if _by_channel(span) else tokens_per_row(heads, max(p.width for p in span.parts))
 
 
+def bytes_per_token(span: Span) -> int:
+    """Return the bytes of a token's numbers or codes, of one latent of each part."""
+    return sum(part.codes.shape[3] * part.codes.element_size() for part in span.parts)
+
+
 def _section(  # noqa: PLR0917
-    span: Span, rows: int, heads: int, groups: int, width: int, stride: int
+    span: Span, most: int, rows: int, heads: int, groups: int, width: int, stride: int
 ) -> Section:
-    tokens = _tokens_per_row(span, heads)
+    """Return how a span is read: rows of at most so many bytes, but for those of one token."""
+    tokens = tokens_per_row_of(span, heads)
+    while tokens > 1 and tokens * bytes_per_token(span) > most:
+        tokens //= 2
     tiles: list[Tile] = []
     for part in span.parts:
         first = sum(tile.width for tile in tiles)

@@ -1,0 +1,273 @@
+"""Decode attention of one layer on CUDA, over latents in 16 to 2 bits.
+
+    python bench/decode_cuda.py                     correctness, then times, into bench/results
+    python bench/decode_cuda.py --check             correctness only
+    python bench/decode_cuda.py --sweep --minutes 6 tries how work is cut, and prints the best
+
+Times are of CUDA graphs that go over as many caches as fill 200 MB, so that none is in the L2 when
+it is read. Beside them: cuDNN's attention over the uncompressed bf16 cache, and the time that the
+cache's bytes take at the bandwidth of a copy. Without CUDA everything runs in Triton's interpreter
+(``TRITON_INTERPRET=1``), at sizes that ``--tiny`` makes small, and times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from decode_cases import DTYPE, Case, cases, drawn_spans, nbytes, reference
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from vdcompress.modeling.decode_settings import Settings
+from vdcompress.modeling.triton_decode import decode, table_settings
+
+COLD_BYTES = 200 * 2**20
+SCALING, TOLERANCE = 0.125, 8e-3
+CHECKED = (3, 1184)  # sequences and tokens
+REPLAYS, ROUNDS = 20, 7
+SHAPES = ((32, 8192), (1, 32768))
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+CUTS = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))  # rows and warps
+STAGES, PROGRAMS, REGISTERS = (2, 3, 4, 5), (2, 3, 4, 6, 8, 12, 16), (None, 168, 128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="correctness only")
+    parser.add_argument("--sweep", action="store_true", help="try how work is cut")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of a sweep")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--workers", type=int, default=14, help="processes that compile")
+    parser.add_argument("--tiny", action="store_true", help="sizes for the interpreter")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    shapes = ((2, 96), (1, 160)) if options.tiny else SHAPES
+    chosen = [
+        case
+        for batch, tokens in shapes
+        for case in cases(batch, tokens, targets=(batch, tokens) == SHAPES[0])
+        if options.only in case.name
+    ]
+    if options.sweep:
+        sweep(chosen, options.minutes * 60, options.workers)
+        return
+    if CUDA:
+        compile_ahead([(case, None) for case in chosen], options.workers)
+    checked = check([case for case in chosen if (case.batch, case.tokens) == shapes[0]])
+    if options.check:
+        return
+    body: dict[str, Any] = {"dtype": "bfloat16", "cold_bytes": COLD_BYTES, "checked": checked}
+    body["copy_bytes_per_second"] = bandwidth = copy_bandwidth(2**22 if options.tiny else 2**32)
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s, bytes read and written", flush=True)
+    body["bases"] = bases(chosen)
+    body["rows"] = [measured(case, bandwidth, body["bases"]) for case in chosen]
+    print(record.write(f"decode-{DEVICE}", body, out=options.out))
+
+
+def check(chosen: list[Case]) -> dict[str, float]:
+    """Return each case's error beside float64, at a small size; a large one ends the program."""
+    found = {}
+    for case in chosen:
+        batch, tokens = CHECKED if CUDA else (case.batch, case.tokens)
+        small = replace(case, batch=batch, tokens=tokens)
+        draw = torch.Generator(DEVICE).manual_seed(11)
+        spans, query = drawn_spans(small, DEVICE, draw), drawn_query(small, draw)
+        expected = reference(query, spans, SCALING)
+        given = decode(query, spans, None, SCALING).double()
+        found[case.name] = error = float((given - expected).norm() / expected.norm())
+        print(f"{'ok  ' if error < TOLERANCE else 'WRONG'} {error:.1e} {case.name}", flush=True)
+    wrong = [name for name, error in found.items() if not error < TOLERANCE]
+    if wrong:
+        raise SystemExit(f"wrong: {', '.join(wrong)}")
+    return found
+
+
+def drawn_query(case: Case, draw: torch.Generator) -> torch.Tensor:
+    shape = (case.batch, case.heads, 1, case.query_width)
+    return torch.randn(*shape, generator=draw, device=DEVICE, dtype=DTYPE)
+
+
+def copy_bandwidth(size: int) -> float:
+    """Return the bytes per second, read and written, of a copy of so many bytes."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE)
+    goal = torch.empty_like(source)
+    return 2 * size / seconds([lambda: goal.copy_(source)], replays=5)
+
+
+def bases(chosen: list[Case]) -> dict[str, float]:
+    """Return the seconds of cuDNN's attention over each shape's uncompressed cache."""
+    found = {}
+    for case in {case.shape: case for case in chosen}.values():
+        kv_heads, width = case.base
+        draw = torch.Generator(DEVICE).manual_seed(1)
+        shape = (case.batch, kv_heads, case.tokens, width)
+        size = 4 * case.batch * kv_heads * case.tokens * width
+        caches = [
+            [torch.randn(shape, generator=draw, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+            for _ in range(copies(size))
+        ]
+        query = torch.randn(
+            case.batch, case.heads, 1, width, generator=draw, device=DEVICE, dtype=DTYPE
+        )
+        attend = partial(scaled_dot_product_attention, query, enable_gqa=kv_heads != case.heads)
+        calls = [partial(attend, *cache) for cache in caches]
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if CUDA else SDPBackend.MATH):
+            found[case.shape] = seconds(calls)
+        print(f"{1e6 * found[case.shape]:8.1f} us cuDNN, {case.shape}", flush=True)
+    return found
+
+
+def measured(case: Case, bandwidth: float, base: dict[str, float]) -> dict[str, Any]:
+    """Return one case's time, twice, beside its bound and the uncompressed cache's time."""
+    caches, query = drawn_caches(case)
+    size = nbytes(caches[0])
+    used = table_settings(caches[0], case.heads // case.groups)
+    first, again = (timed(caches, query, None) for _ in range(2))
+    row = {"name": case.name, "shape": case.shape, "bytes": size, "seconds": min(first, again)}
+    row |= {"again": max(first, again), "bound": size / bandwidth, "settings": asdict(used)}
+    row |= {"base": base[case.shape], "target_us": case.target_us}
+    print(
+        f"{1e6 * row['seconds']:8.1f} us, bound {1e6 * row['bound']:6.1f}, "
+        f"{row['bound'] / row['seconds']:4.0%}, target {case.target_us}, "
+        f"base {1e6 * row['base']:6.1f}, {case.name}, {case.shape}",
+        flush=True,
+    )
+    return row
+
+
+def drawn_caches(case: Case) -> tuple[list[Any], torch.Tensor]:
+    """Return as many caches as are cold when their turn comes, and a query."""
+    draw = torch.Generator(DEVICE).manual_seed(5)
+    first = drawn_spans(case, DEVICE, draw)
+    rest = [drawn_spans(case, DEVICE, draw) for _ in range(copies(nbytes(first)) - 1)]
+    return [first, *rest], drawn_query(case, draw)
+
+
+def copies(size: int) -> int:
+    """Return how many caches of a size hold so much that the L2 keeps none of them."""
+    return max(2, -(-COLD_BYTES // size)) if CUDA else 2
+
+
+def timed(caches: list[Any], query: torch.Tensor, settings: Settings | None) -> float:
+    return seconds([lambda c=c: decode(query, c, None, SCALING, settings=settings) for c in caches])
+
+
+def seconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> float:
+    """Return the median seconds of a call, of graphs of all calls in a row."""
+    if not CUDA:
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
+    graph = captured(calls)
+    found = []
+    for _ in range(ROUNDS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        stop.record()
+        stop.synchronize()
+        found.append(start.elapsed_time(stop) / 1e3 / replays / len(calls))
+    return statistics.median(found)
+
+
+def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """Return a graph of calls, warmed up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def compile_ahead(work: list[tuple[Case, Settings | None]], workers: int) -> None:
+    """Compile kernels in processes of their own; Triton keeps them on disk."""
+    start = time.perf_counter()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        failed = [words for words in pool.map(compiled, work) if words]
+    print(f"compiled {len(work)} in {time.perf_counter() - start:.0f} s", *failed, sep="\n  ")
+
+
+def compiled(work: tuple[Case, Settings | None]) -> str | None:
+    """Run a case once, at a small size; return what went wrong."""
+    case, settings = work
+    draw = torch.Generator(DEVICE).manual_seed(0)
+    small = replace(case, batch=2, tokens=256 + case.window + case.sinks)
+    try:
+        spans = drawn_spans(small, DEVICE, draw)
+        decode(drawn_query(small, draw), spans, None, SCALING, settings=settings)
+        if CUDA:
+            torch.cuda.synchronize()
+    except Exception as error:  # out of shared memory or registers: not a candidate
+        return f"{case.name} {settings}: {type(error).__name__}: {str(error)[:100]}"
+    return None
+
+
+def sweep(chosen: list[Case], limit: float, workers: int) -> None:
+    """Try cuts of each case for its share of the time, one change at a time; print the best."""
+    stop = time.perf_counter() + limit
+    compile_ahead([(case, s) for case in chosen[: len(chosen) // 2] for s in compilable()], workers)
+    for index, case in enumerate(chosen):
+        share = (stop - time.perf_counter()) / (len(chosen) - index)
+        until = time.perf_counter() + share
+        caches, query = drawn_caches(case)
+        start = table_settings(caches[0], case.heads // case.groups)
+        tried = {start: timed(caches, query, start)}
+        for _ in range(2):
+            for changed in neighbours(min(tried, key=lambda s: tried[s])):
+                if changed in tried or time.perf_counter() > until:
+                    continue
+                try:
+                    tried[changed] = timed(caches, query, changed)
+                except Exception as error:
+                    tried[changed] = float("inf")
+                    print(f"  {changed}: {type(error).__name__}", flush=True)
+        ranked = sorted(tried, key=lambda s: tried[s])
+        print(f"{case.name}, {case.shape}: {nbytes(caches[0]) / 1e6:.1f} MB", flush=True)
+        for settings in dict.fromkeys((*ranked[:4], start)):
+            print(f"  {1e6 * tried[settings]:8.1f} us {settings}", flush=True)
+
+
+def compilable() -> Iterator[Settings]:
+    """Yield the cuts that need a kernel of their own and are likely met."""
+    for (rows, warps), stages in itertools.product(CUTS, STAGES[:3]):
+        yield Settings(rows, warps, stages)
+
+
+def neighbours(of: Settings) -> Iterator[Settings]:
+    """Yield settings that differ in one thing."""
+    for rows, warps in CUTS:
+        yield replace(of, rows=rows, warps=warps)
+    for programs in PROGRAMS:
+        yield replace(of, programs=programs)
+    for stages in STAGES:
+        yield replace(of, stages=stages)
+    for registers in REGISTERS:
+        yield replace(of, registers=registers)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,8 @@ from vdcompress.latents.keys import (
     solve_keys,
 )
 from vdcompress.latents.refit import refit
-from vdcompress.latents.rotation import rotate_keys, rotate_values, rotates
+from vdcompress.latents.rotation import rotates, turn_keys, turn_values
+from vdcompress.latents.rounding_basis import key_basis, value_basis
 from vdcompress.latents.values import (
     ValueProblem,
     ValueWeights,
@@ -97,9 +98,11 @@ def needed_statistics(start: Start, shape: ModelShape, plan: Plan | None = None)
     if plan is None or any(groups < shape.kv_heads for groups in narrower):
         shared = initializer.shared_needs
         needs = needs | (initializer.needs if shared is None else shared)
-    if any(layer.v.packed and layer.v_dim == shape.kv_dim for layer in layers):
+    if any(layer.v.packed for layer in layers):
         needs = needs | {"values"}
-    if any(layer.k_nope.packed or layer.k_nope.after_rope for layer in layers):
+    if any(layer.k_nope.packed or layer.k_rotary.packed for layer in layers):
+        needs = needs | {"keys"} | initializer.key_needs
+    if any(layer.k_nope.after_rope for layer in layers):
         needs = needs | {"keys"}
     if plan is None or any(not _keeps_keys(shape, plan, index) for index in range(shape.layers)):
         needs = needs | initializer.key_needs
@@ -155,7 +158,7 @@ def solve_values_of(
     )
     solved = _solved_values(problem, plan, index)
     if rotates(part, plan.start.rotate):
-        return rotate_values(solved, part, _generator(plan, index))
+        return turn_values(solved, part, value_basis(problem, solved, _generator(plan, index)))
     return solved
 
 
@@ -191,7 +194,9 @@ def solve_keys_of(
     solved, layout = _solved_keys(problem, plan, index), problem.layout
     wanted = plan.start.rotate
     if rotates(layout.k_nope, wanted) or rotates(layout.k_rotary, wanted):
-        return rotate_keys(solved, layout, _generator(plan, index), wanted)
+        metric = initializers.get(plan.start.initializer).keys(problem)
+        basis = key_basis(problem, metric, solved, _generator(plan, index), wanted)
+        return turn_keys(solved, layout, basis)
     return solved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -61,8 +62,14 @@ def plan(request: Any, base: Base) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def model(base: Base, plan: Plan, statistics: Statistics) -> Any:
+def single(base: Base, plan: Plan, statistics: Statistics) -> Any:
     return rewrite(base, plan, statistics)
+
+
+@pytest.fixture(scope="module")
+def model(single: Any) -> Any:
+    """In float64: a number near the middle of two codes must not depend on how it was summed."""
+    return copy.deepcopy(single).double()
 
 
 @pytest.fixture
@@ -101,15 +108,15 @@ def test_chunks_and_no_cache_give_the_same(model: Any, token_windows: Tensor) ->
         torch.testing.assert_close(torch.cat(found, dim=1), expected, **CLOSE)
 
 
-def test_a_forward_pass_fills_the_packed_cache(model: Any, plan: Plan, prompt: Tensor) -> None:
+def test_a_forward_pass_fills_the_packed_cache(single: Any, plan: Plan, prompt: Tensor) -> None:
     with torch.no_grad():
-        cache = cache_of(model(prompt))
+        cache = cache_of(single(prompt))
     assert isinstance(cache.layers[0], PackedLayer)
     assert cache.nbytes() == 3 * plan.cache_bytes(40, "float32")
 
 
-def test_generate_packs_what_was_planned(model: Any, plan: Plan, prompt: Tensor) -> None:
-    cache = cache_of(generate(model, prompt))
+def test_generate_packs_what_was_planned(single: Any, plan: Plan, prompt: Tensor) -> None:
+    cache = cache_of(generate(single, prompt))
     assert cache.get_seq_length() == 51
     assert cache.nbytes() == 3 * plan.cache_bytes(51, "float32")
     assert cache.nbytes() < 3 * replace(plan, layers=exact(plan)).cache_bytes(51, "float32")
@@ -201,7 +208,7 @@ def test_assisted(base: Base, model: Any, prompt: Tensor) -> None:
 
 def test_left_padding(base: Base, statistics: Statistics, token_windows: Tensor) -> None:
     """Without exact tokens and groups, padding changes nothing at all."""
-    model = rewrite(base, plans(base)["bits alone"], statistics)
+    model = rewrite(base, plans(base)["bits alone"], statistics).double()
     lengths = (20, 13, 1)
     ids, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
     for row, length in enumerate(lengths):
@@ -282,7 +289,7 @@ def test_evaluation_goes_through_the_cache(
     expected = nn.functional.cross_entropy(
         logits(model, ids, use_cache=False).flatten(0, 1), labels
     )
-    assert found.perplexity == pytest.approx(expected.exp().item(), rel=1e-4)
+    assert found.perplexity == pytest.approx(expected.exp().item(), rel=1e-5)
 
 
 def test_a_cache_of_another_kind_holds_what_it_is_given(model: Any, prompt: Tensor) -> None:
@@ -301,8 +308,8 @@ def test_rounded_latents_speak_up_too() -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_packs_the_same(base: Base, plan: Plan, model: Any, tmp_path: Any) -> None:
-    compressed = Compressed.of(base, plan, model, calibration=None)
+def test_a_fresh_process_packs_the_same(base: Base, plan: Plan, single: Any, tmp_path: Any) -> None:
+    compressed = Compressed.of(base, plan, single, calibration=None)
     folder = tmp_path / "exported"
     seen = export(compressed, folder, prompt="def main(", new_tokens=24)
     ids = torch.tensor([compressed.tokenizer("def main(")["input_ids"]])

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from drawn import make_keys, make_layer
-from vdcompress.latents.keys import keep_centred_keys, keep_keys_behind_rope, solve_keys
-from vdcompress.latents.rotation import (
-    hadamard,
-    key_rotation,
-    rotate_keys,
-    rotate_values,
-    rotates,
-    rotation,
+from vdcompress.latents.keys import (
+    KeyMetric,
+    keep_centred_keys,
+    keep_keys_behind_rope,
+    solve_keys,
 )
+from vdcompress.latents.lowrank import block_diagonal
+from vdcompress.latents.rotation import Basis, hadamard, rotates, rotation, turn_keys, turn_values
+from vdcompress.latents.rounding_basis import key_basis, value_basis
 from vdcompress.latents.values import fold, keep_centred, map_per_head
 from vdcompress.modeling.latent import rotate
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.quantizers import quantizer
 from vdcompress.plan import ModelShape
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
@@ -62,7 +63,8 @@ def test_values_are_read_as_before(groups: int, combine: Any) -> None:
     problem = layer.problem
     weights = combine(problem, keep_centred(problem))
     width = problem.v_weight.shape[1]
-    turned = rotate_values(weights, Part(groups, width, **PACKED), draw())
+    basis = value_basis(problem, weights, draw())
+    turned = turn_values(weights, Part(groups, width, **PACKED), basis)
     assert (turned.v_weight - weights.v_weight).abs().max() > 1e-3
 
     def outputs(w: Any) -> torch.Tensor:
@@ -120,7 +122,8 @@ def test_scores_are_as_before(name: str) -> None:
         weights = keep_keys_behind_rope(problem)
     else:
         weights = solve_keys(problem, keys.metric)
-    turned = rotate_keys(weights, layout, draw())
+    basis = key_basis(problem, keys.metric, weights, draw())
+    turned = turn_keys(weights, layout, basis)
 
     def scores(w: Any) -> torch.Tensor:
         angles = keys.positions[:, None] * keys.frequencies
@@ -154,10 +157,41 @@ def test_scores_are_as_before(name: str) -> None:
 
 
 def test_rotary_pairs_are_mixed_within_a_frequency_only() -> None:
-    layout = layout_of("shared")[1]
-    turn = key_rotation(layout, draw())
-    first, second = turn[:6, :6], turn[6:12, 6:12]
-    assert torch.equal(first, second)
-    assert not turn[:6, 6:].any()
-    assert not first[:3, 3:].any()
-    assert (first[:3, :3] != 0).all()
+    shape, layout = layout_of("shared")
+    keys = make_keys(shape, layout, tokens=400)
+    weights = solve_keys(keys.problem, keys.metric)
+    turn = key_basis(keys.problem, keys.metric, weights, draw()).turn[0]
+    torch.testing.assert_close(turn[:6, :6], turn[6:12, 6:12])
+    torch.testing.assert_close(turn[:6, 6:12], -turn[6:12, :6])
+    assert not turn[:12, 12:].any()
+    for rows in (slice(0, 6), slice(6, 12)):
+        block = turn[rows, :6]
+        assert not block[:3, 3:].any()
+        assert (block[:3, :3] != 0).all()
+
+
+def rounding_loss(keys: Any, weights: Any, layout: LayerLayout) -> float:
+    """Weighed error of scores when keys are rounded by the layout's quantiser."""
+    problem, still = keys.problem, slice(layout.k_rotary.width, None)
+    latents = keys.inputs @ weights.k_weight.mT + weights.k_bias
+    latents = latents.unflatten(-1, (layout.k_groups, -1))[..., still].transpose(0, 1)
+    error = quantizer("per_token", 4).read_back(latents) - latents
+    heads = len(problem.q_weight)
+    queries = keys.inputs.roll(3, dims=0) @ weights.q_weight.mT + weights.q_bias
+    queries = queries.unflatten(-1, (heads, -1))[..., still].transpose(0, 1)
+    error = error.repeat_interleave(heads // layout.k_groups, dim=0)
+    return float((queries[:, :200] @ error.mT).square().mean())
+
+
+def test_rounding_hurts_least_in_the_balanced_basis() -> None:
+    nope = NopePart(1, 24, **PACKED)
+    layout = LayerLayout(Part(4, 12), nope, RotaryPart(1, 16, frequencies=(0,) * 4 + (1,) * 4))
+    keys = make_keys(NEOX, layout, tokens=2000)
+    met = keys.problem.statistics.require("queries").second
+    metric = KeyMetric(block_diagonal(met, 1), keys.metric.keys)
+    weights = solve_keys(keys.problem, metric)
+    balanced = turn_keys(weights, layout, key_basis(keys.problem, metric, weights, draw()))
+    mix = torch.block_diag(torch.eye(16, dtype=torch.float64), rotation(24, draw()))[None]
+    rotated = turn_keys(weights, layout, Basis(mix, mix.mT))
+    losses = [rounding_loss(keys, found, layout) for found in (balanced, rotated)]
+    assert losses[0] < 0.9 * losses[1]

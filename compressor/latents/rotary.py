@@ -106,7 +106,7 @@ def write(
     """
     turned = []
     for rows in (weight, bias.unsqueeze(-1)):
-        z = _complex_rows(rows, pairs.frequencies, rotary_dim).unflatten(0, (groups, -1))
+        z = complex_rows(rows, pairs.frequencies, rotary_dim).unflatten(0, (groups, -1))
         mixed = torch.einsum("gpm,gmpx->gpx", pairs.encoder, z)
         turned.append(torch.cat((mixed.real, mixed.imag), dim=1))
     return turned[0], turned[1].squeeze(-1)
@@ -127,13 +127,13 @@ def read(
     conjugate = pairs.decoder.conj().flatten(0, 1).repeat_interleave(sharing, dim=0)
     turned = []
     for rows in (weight, bias.unsqueeze(-1)):
-        z = _complex_rows(rows, pairs.frequencies, rotary_dim) * conjugate.unsqueeze(-1)
+        z = complex_rows(rows, pairs.frequencies, rotary_dim) * conjugate.unsqueeze(-1)
         turned.append(torch.cat((z.real, z.imag), dim=1))
     return turned[0], turned[1].squeeze(-1)
 
 
-def _complex_rows(rows: Tensor, frequencies: tuple[int, ...], rotary_dim: int) -> Tensor:
-    """[heads, d, x] -> the pairs of some frequencies as complex numbers [heads, P, x]."""
+def complex_rows(rows: Tensor, frequencies: tuple[int, ...], rotary_dim: int) -> Tensor:
+    """Return [heads, d, x] as the pairs of some frequencies as complex numbers [heads, P, x]."""
     count = rotary_dim // 2
     z = torch.complex(rows[:, :count], rows[:, count:rotary_dim])
     return z[:, list(frequencies)]

@@ -1,22 +1,34 @@
-"""Rotate latents that are stored in few bits, so that all their numbers are of one size.
+"""Turn latents that are stored in few bits into another basis, exactly.
 
-A block of numbers shares a scale: a large one makes the others coarse. An orthogonal R in front of
-the cache and R^T behind it spreads every direction over all numbers and changes nothing else. Both
-fold: R into what writes the latents, R^T into what reads them. Pairs that RoPE turns may be mixed
-among the virtual heads of one frequency only, by unitary numbers; whole keys are rotated behind it.
+A block of numbers shares a scale: a large one makes the others coarse. A rotation spreads every
+direction over all numbers. Any invertible T in front of the cache with T^(-1) behind it changes
+nothing else, and both fold into what writes and what reads the latents.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vdcompress.latents.keys import KeyWeights
 from vdcompress.latents.values import ValueWeights
-from vdcompress.modeling.layout import LayerLayout, Part, RotaryPart
+from vdcompress.modeling.layout import LayerLayout, Part
 from vdcompress.modeling.schemes import SCHEMES
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A change of basis of every latent of one side.
+
+    Attributes:
+        turn: T, [g, r, r]; the cache holds T z.
+        back: T^(-1), [g, r, r].
+    """
+
+    turn: Tensor
+    back: Tensor
 
 
 def rotation(size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -44,92 +56,72 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotates(part: Part, wanted: bool | None = None) -> bool:
-    """Say whether a part is rotated.
+    """Say whether a part is turned and rotated.
 
     Args:
         part: its layout.
-        wanted: None rotates a packed part if numbers of one token share a scale.
+        wanted: None does so to a packed part if numbers of one token share a scale.
     """
     if not part.packed or wanted is not None:
         return part.packed and bool(wanted)
     return SCHEMES[part.quantizer or ""].token_block == 1
 
 
-def rotate_values(weights: ValueWeights, part: Part, generator: torch.Generator) -> ValueWeights:
-    """Fold a rotation of each V latent into its path.
+def turn_values(weights: ValueWeights, part: Part, basis: Basis) -> ValueWeights:
+    """Fold a change of basis of each V latent into its path.
 
     Args:
         weights: solved.
         part: V's layout.
-        generator: for random numbers.
+        basis: of its latents.
     """
-    turn = rotation(part.width, generator).to(weights.v_weight)
+    v_bias = weights.v_bias.unflatten(0, (part.groups, -1)).unsqueeze(-1)
     turned = replace(
         weights,
-        v_weight=(turn @ weights.v_weight.unflatten(0, (part.groups, -1))).flatten(0, 1),
-        v_bias=(weights.v_bias.unflatten(0, (part.groups, -1)) @ turn.mT).flatten(),
+        v_weight=(basis.turn @ weights.v_weight.unflatten(0, (part.groups, -1))).flatten(0, 1),
+        v_bias=(basis.turn @ v_bias).flatten(),
     )
     if weights.o_contract is not None:
-        return replace(turned, o_contract=turn @ weights.o_contract)
-    by_head = weights.o_weight.unflatten(1, (-1, part.width))
-    return replace(turned, o_weight=(by_head @ turn.mT).flatten(1))
+        back = of_heads(basis.back, len(weights.o_contract))
+        return replace(turned, o_contract=back.mT @ weights.o_contract)
+    by_head = weights.o_weight.unflatten(1, (-1, part.width)).transpose(0, 1)
+    read = by_head @ of_heads(basis.back, len(by_head))
+    return replace(turned, o_weight=read.transpose(0, 1).flatten(1))
 
 
-def rotate_keys(
-    weights: KeyWeights,
-    layout: LayerLayout,
-    generator: torch.Generator,
-    wanted: bool | None = None,
-) -> KeyWeights:
-    """Fold rotations of the parts of each K latent into its path.
+def turn_keys(weights: KeyWeights, layout: LayerLayout, basis: Basis) -> KeyWeights:
+    """Fold a change of basis of each K latent into its path.
 
     Args:
         weights: solved.
         layout: of the layer.
-        generator: for random numbers.
-        wanted: as in :func:`rotates`.
+        basis: of its K latents, rotary numbers first.
     """
-    turn = key_rotation(layout, generator, wanted).to(weights.k_weight)
-    groups, width = layout.k_groups, layout.k_head_dim
+    groups, width, turn = layout.k_groups, layout.k_head_dim, basis.turn
     if weights.k_compress is not None and weights.k_shift is not None:
         written = replace(
             weights, k_compress=weights.k_compress @ turn.mT, k_shift=weights.k_shift @ turn.mT
         )
     else:
+        k_bias = weights.k_bias.unflatten(0, (groups, -1)).unsqueeze(-1)
         written = replace(
             weights,
             k_weight=(turn @ weights.k_weight.unflatten(0, (groups, -1))).flatten(0, 1),
-            k_bias=(weights.k_bias.unflatten(0, (groups, -1)) @ turn.mT).flatten(),
+            k_bias=(turn @ k_bias).flatten(),
         )
     if weights.q_expand is not None:
-        return replace(written, q_expand=weights.q_expand @ turn.mT)
+        back = of_heads(basis.back, len(weights.q_expand))
+        return replace(written, q_expand=weights.q_expand @ back)
+    by_head = weights.q_weight.unflatten(0, (-1, width))
+    q_bias = weights.q_bias.unflatten(0, (-1, width)).unsqueeze(-1)
+    back = of_heads(basis.back, len(by_head))
     return replace(
         written,
-        q_weight=(turn @ weights.q_weight.unflatten(0, (-1, width))).flatten(0, 1),
-        q_bias=(weights.q_bias.unflatten(0, (-1, width)) @ turn.mT).flatten(),
+        q_weight=(back.mT @ by_head).flatten(0, 1),
+        q_bias=(back.mT @ q_bias).flatten(),
     )
 
 
-def key_rotation(
-    layout: LayerLayout, generator: torch.Generator, wanted: bool | None = None
-) -> Tensor:
-    """Return the orthogonal map [k, k] of a whole K latent, rotary numbers first, float64."""
-    rotary, nope = layout.k_rotary, layout.k_nope
-    turned = rotary_rotation(rotary, generator) if rotates(rotary, wanted) else _identity(rotary)
-    still = rotation(nope.width, generator) if rotates(nope, wanted) else _identity(nope)
-    return torch.block_diag(turned, still)
-
-
-def _identity(part: Part) -> Tensor:
-    return torch.eye(part.width, dtype=torch.float64)
-
-
-def rotary_rotation(part: RotaryPart, generator: torch.Generator) -> Tensor:
-    """Return the map [w, w] that mixes both members of all pairs of a frequency alike."""
-    pairs = len(part.frequencies)
-    mix = torch.zeros(pairs, pairs, dtype=torch.float64)
-    for frequency in sorted(set(part.frequencies)):
-        places = [place for place, index in enumerate(part.frequencies) if index == frequency]
-        rows = torch.tensor(places)
-        mix[rows.unsqueeze(1), rows] = rotation(len(places), generator)
-    return torch.block_diag(mix, mix)
+def of_heads(x: Tensor, heads: int) -> Tensor:
+    """[g, ...] -> [H, ...]: what belongs to each head's latent."""
+    return x.repeat_interleave(heads // len(x), dim=0)

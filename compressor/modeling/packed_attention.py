@@ -1,7 +1,8 @@
-"""Attention over packed latents on any device: a block of tokens after another, in plain torch.
+"""Attention over packed latents on any device: a span of tokens after another, in plain torch.
 
-A softmax that is corrected from block to block joins them, so nothing of the size of the cache is
-ever made. Shapes as in :mod:`attention`. A kernel for a device plugs in by :func:`use_kernel`.
+A softmax that is corrected from span to span joins them, and latents are unpacked a few at a time
+(:mod:`packed_products`), so nothing of the size of the cache is ever made. Shapes as in
+:mod:`attention`. A kernel for a device plugs in by :func:`use_kernel`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn import functional
 from .packed_latents import PackedLatents, StoredPart
 from .packed_products import scores, weighted_sum
 
-BLOCK_NUMBERS = 2**18  # of a block of one side, so that it stays in a processor's cache
-FEWEST, MOST = 128, 4096  # tokens of a block
-QUERIES = 256  # of a prompt, attended together
+QUERIES = 512  # of a prompt, attended together
+SCORES = 2**22  # at a time
+FEWEST, MOST = 128, 2**14  # tokens at a time
 LOWEST = torch.finfo(torch.float32).min
 
 Kernel = Callable[[Tensor, PackedLatents, PackedLatents, Tensor | None, float], Tensor | None]
@@ -76,14 +77,24 @@ def _in_blocks(
         _Queries(query[:, :, first : first + QUERIES].to(dtype) * scaling, first, key.tokens - t)
         for first in range(0, t, QUERIES)
     ]
-    for start, stop in _blocks(key, value, t):
+    rows = query.shape[0] * query.shape[1] * min(t, QUERIES)
+    for start, stop in _spans(key, value, t, rows):
         for chunk in chunks:
             chunk.attend(key, value, start, stop, mask)
     return torch.cat([chunk.output() for chunk in chunks], dim=2).to(query.dtype)
 
 
-def _blocks(key: PackedLatents, value: PackedLatents, t: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of tokens; in each, a part has its tokens in the same forms."""
+def _spans(
+    key: PackedLatents, value: PackedLatents, t: int, rows: int
+) -> Iterator[tuple[int, int]]:
+    """Yield ranges of tokens; in each, a part has its tokens in the same forms.
+
+    Args:
+        key: of all tokens.
+        value: likewise.
+        t: queries of the chunk.
+        rows: queries that are attended together, over all heads and sequences.
+    """
     tokens, parts = key.tokens, (*key.parts, *value.parts)
     fixed = {0, tokens}
     for part in parts:
@@ -93,8 +104,7 @@ def _blocks(key: PackedLatents, value: PackedLatents, t: int) -> Iterator[tuple[
             part.packed_stop,
         ):
             fixed.add(min(edge, tokens))
-    numbers = key.shape[0] * max(side.shape[1] * side.shape[3] for side in (key, value))
-    size = min(max(FEWEST, BLOCK_NUMBERS // numbers // FEWEST * FEWEST), MOST)
+    size = min(max(FEWEST, SCORES // rows // FEWEST * FEWEST), MOST)
     edges = sorted(fixed)
     for low, high in itertools.pairwise(edges):
         for start in range(low, high, size):

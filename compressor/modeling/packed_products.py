@@ -1,12 +1,15 @@
 """The two products of attention with packed latents: scores of queries, and weighted sums.
 
-Letters: b batch, g latents, r rows (queries of the heads that share a latent), s tokens in blocks S
-of T, w width in blocks B of D. With few rows the scale and the zero point of a block are taken out
-of the products: ``q . (scale * (level - zero)) = scale * (q . level - zero * sum(q))``, so that no
-number of the cache is touched beyond its codes. With many rows it is cheaper to dequantise first.
+Letters: b batch, g latents, r rows (queries of the heads that share a latent), s tokens in groups S
+of T, w width in blocks B of D. A few tokens are unpacked at a time, so that they stay in a
+processor's cache. With few rows the scale and the zero point of a block are taken out of the
+products: ``q . (scale * (level - zero)) = scale * (q . level - zero * sum(q))``, so that no number
+is touched beyond its codes. With many rows it is cheaper to dequantise first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,33 +17,58 @@ from torch import Tensor
 from .packing import unpack
 from .quantizer import Packed, Quantizer
 
+NUMBERS = {"cpu": 2**18, "cuda": 2**25}  # unpacked at a time
+FEWEST = 128  # tokens, a multiple of every scheme's
+
 
 def scores(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:
     """Return the dot products [b, g, r, s] of queries [b, g, r, w] with packed latents."""
     width = query.shape[-1]
     if not _folds(quantizer, query.shape[2], width):
-        return query @ quantizer.dequantize(packed, width).to(query.dtype).mT
+        return torch.cat(
+            [
+                query @ quantizer.dequantize(some, width).to(query.dtype).mT
+                for _, some in _pieces(quantizer, packed, width)
+            ],
+            dim=-1,
+        )
     if quantizer.scheme.token_block > 1:
-        return _scores_by_channel(quantizer, packed, query)
+        pieces = _pieces(quantizer, packed, width)
+        return torch.cat([_scores_by_channel(quantizer, x, query) for _, x in pieces], dim=-1)
     return _scores_by_token(quantizer, packed, query)
 
 
 def weighted_sum(quantizer: Quantizer, packed: Packed, weights: Tensor, width: int) -> Tensor:
     """Return the sums [b, g, r, w] of packed latents with weights [b, g, r, s]."""
-    if not _folds(quantizer, weights.shape[2], width):
-        return weights @ quantizer.dequantize(packed, width).to(weights.dtype)
-    if quantizer.scheme.token_block > 1:
-        return _sum_by_channel(quantizer, packed, weights, width)
-    return _sum_by_token(quantizer, packed, weights, width)
+    if _folds(quantizer, weights.shape[2], width) and quantizer.scheme.token_block == 1:
+        return _sum_by_token(quantizer, packed, weights, width)
+    total = weights.new_zeros(*weights.shape[:3], width)
+    folds = _folds(quantizer, weights.shape[2], width)
+    for tokens, some in _pieces(quantizer, packed, width):
+        own = weights[..., tokens]
+        if folds:
+            total += _sum_by_channel(quantizer, some, own, width)
+        else:
+            total += own @ quantizer.dequantize(some, width).to(weights.dtype)
+    return total
+
+
+def _pieces(quantizer: Quantizer, packed: Packed, width: int) -> Iterator[tuple[slice, Packed]]:
+    """Yield some tokens at a time: which they are, and what is packed of them."""
+    b, g, s, _ = packed.codes.shape
+    most = NUMBERS.get(packed.codes.device.type, NUMBERS["cpu"]) // (b * g * width)
+    size = max(1, most // FEWEST) * FEWEST
+    for start in range(0, s, size):
+        stop = min(start + size, s)
+        yield slice(start, stop), packed.tokens(start, stop, quantizer.scheme.token_block)
 
 
 def _folds(quantizer: Quantizer, rows: int, width: int) -> bool:
     """Whether the scales are fewer than the numbers that they would be multiplied into."""
     scheme = quantizer.scheme
-    blocks = scheme.blocks(width)
     if scheme.token_block > 1:
         return rows < scheme.token_block
-    return rows * blocks < width
+    return rows * scheme.blocks(width) < width
 
 
 def _levels(quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype) -> Tensor:
@@ -52,46 +80,42 @@ def _factors(
     quantizer: Quantizer, packed: Packed, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Return scales and scaled zero points, both [b, g, B, S]."""
-    scale = packed.scale.mT.to(dtype)
+    scale = packed.scale.to(dtype)
     if packed.zero is None:
-        return scale, None
-    return scale, quantizer.zero_levels(packed.zero).mT.to(dtype) * scale
+        return scale.mT, None
+    return scale.mT, (quantizer.zero_levels(packed.zero).to(dtype) * scale).mT
 
 
 def _scores_by_token(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:
     width, dtype = query.shape[-1], query.dtype
-    levels = _levels(quantizer, packed, width, dtype)
     scale, zero = _factors(quantizer, packed, dtype)
-    size = width // scale.shape[2]
-    total: Tensor | None = None
-    for block, (q, x) in enumerate(
-        zip(query.split(size, dim=-1), levels.split(size, dim=-1), strict=True)
-    ):
-        part = (q @ x.mT).mul_(scale[:, :, block : block + 1])
-        total = part if total is None else total.add_(part)
-    if total is None:
-        raise ValueError("a latent has no dimensions")
+    blocks = scale.shape[2]
+    by_block = query.unflatten(-1, (blocks, -1))  # [b, g, r, B, D]
+    queries = by_block.unbind(-2)
+    raw = query.new_empty(*query.shape[:2], blocks, query.shape[2], packed.codes.shape[2])
+    for tokens, some in _pieces(quantizer, packed, width):
+        levels = _levels(quantizer, some, width, dtype).split(width // blocks, dim=-1)
+        for block, (q, x) in enumerate(zip(queries, levels, strict=True)):
+            raw[:, :, block, :, tokens] = q @ x.mT
+    total: Tensor = raw.mul_(scale.unsqueeze(3)).sum(2) if blocks > 1 else raw[:, :, 0].mul_(scale)
     if zero is not None:
-        total = total.sub_(query.unflatten(-1, (-1, size)).sum(-1) @ zero)
+        total -= by_block.sum(-1) @ zero
     return total
 
 
 def _sum_by_token(quantizer: Quantizer, packed: Packed, weights: Tensor, width: int) -> Tensor:
     dtype = weights.dtype
-    levels = _levels(quantizer, packed, width, dtype)
     scale, zero = _factors(quantizer, packed, dtype)
-    size = width // scale.shape[2]
-    sums = torch.cat(
-        [
-            (weights * scale[:, :, block : block + 1]) @ x
-            for block, x in enumerate(levels.split(size, dim=-1))
-        ],
-        dim=-1,
-    )
+    blocks = scale.shape[2]
+    scaled = weights.unsqueeze(2) * scale.unsqueeze(3)  # [b, g, B, r, s]
+    sums = weights.new_zeros(*scaled.shape[:4], width // blocks)
+    for tokens, some in _pieces(quantizer, packed, width):
+        levels = _levels(quantizer, some, width, dtype).split(width // blocks, dim=-1)
+        for block, x in enumerate(levels):
+            sums[:, :, block] += scaled[:, :, block, :, tokens] @ x
     if zero is not None:
-        taken = (weights @ zero.mT).unsqueeze(-1)
-        sums = (sums.unflatten(-1, (-1, size)) - taken).flatten(-2)
-    return sums
+        sums -= (weights @ zero.mT).mT.unsqueeze(-1)
+    return sums.transpose(2, 3).flatten(3)
 
 
 def _scores_by_channel(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:

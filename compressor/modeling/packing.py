@@ -53,15 +53,11 @@ def unpack(packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8) 
     planes = packed.unflatten(-1, (word_bytes(bits), columns)).unbind(-2)
     codes = torch.empty(*packed.shape[:-1], runs * columns, dtype=dtype, device=packed.device)
     for k, run in enumerate(codes.unflatten(-1, (runs, columns)).unbind(-2)):
-        first, *rest = [
-            plane >> offset if offset >= 0 else plane << -offset
-            for byte, plane in enumerate(planes)
-            for code, offset in _parts(bits, byte)
-            if code == k
-        ]
-        for other in rest:
-            first = first | other
-        run.copy_(first & mask)
+        byte, offset = divmod(k * bits, 8)
+        code = planes[byte] >> offset if offset else planes[byte]
+        if offset + bits > 8:
+            code = code | planes[byte + 1] << 8 - offset
+        run.copy_(code if offset + bits == 8 else code & mask)
     return codes[..., :n]
 
 

@@ -34,8 +34,7 @@ class NormalQuantizer(Quantizer):
         return self._codes(x, kept), kept[..., 0, :, 0], None
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
-        codes = torch.arange(self.top + 1, dtype=torch.float32, device=x.device)
-        levels = self.levels(codes)
+        levels = self.levels(torch.arange(self.top + 1, dtype=torch.float32, device=x.device))
         between = (levels[1:] + levels[:-1]) / 2
         ratio = (x / scale.float()).contiguous()
         return torch.bucketize(ratio, between).to(torch.uint8)
@@ -43,8 +42,8 @@ class NormalQuantizer(Quantizer):
     def levels(self, codes: Tensor) -> Tensor:
         """Return the levels of codes; exact to rounding in any floating point dtype."""
         a, b = CUBICS[self.bits]
-        u = codes - self.top / 2
-        return u * (a + b * u.square())
+        u = codes.sub_(self.top / 2)
+        return u.mul_(u.square().mul_(b).add_(a))
 
 
 def _stored(scale: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ def rounded_attention(  # noqa: PLR0917
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     else:
         scores = scores + seen
-    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = functional.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
     ((_, chosen),) = value.chosen
     output = sum(

@@ -30,9 +30,13 @@ TABLE = {
     (16, True): Settings(16, 1, 3, 4),
     (8, True): Settings(16, 1, 3, 8),
     (4, True): Settings(16, 1, 4, 8),
+    (3, True): Settings(32, 2, 3, 4),
+    (2, True): Settings(16, 1, 4, 8),
     (16, False): Settings(32, 2, 3, 4),
     (8, False): Settings(32, 2, 3, 6),
     (4, False): Settings(32, 2, 4, 6),
+    (3, False): Settings(32, 2, 3, 6),
+    (2, False): Settings(32, 2, 4, 6),
 }
 
 

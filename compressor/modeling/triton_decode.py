@@ -92,32 +92,33 @@ def decode(
     left = torch.empty(b * h * slots * (width + 2), dtype=torch.float32, device=query.device)
     out, most, norm = left.split([b * h * slots * width, b * h * slots, b * h * slots])
     kind, mask, mask_b, mask_h = _mask(mask, query)
-    attend[(programs, groups, b)](
-        query,
-        query.stride(0),
-        out,
-        most,
-        norm,
-        mask,
-        mask_b,
-        mask_h,
-        scaling * math.log2(math.e),
-        tuple(tuple(map(_pointers, span.parts)) for span in spans),
-        counts,
-        slots,
-        h,
-        SECTIONS=sections,
-        MASK=kind,
-        UPCAST=INTERPRETED,
-        num_warps=settings.warps,
-        num_stages=settings.stages,
-        maxnreg=settings.registers,
-    )
     output = torch.empty(b, h, 1, width, dtype=query.dtype, device=query.device)
     room = power_of_two(width)
     step = min(power_of_two(slots), max(1, JOINED_NUMBERS // room))
     sizes = {"WIDTH": width, "ROOM": room, "STEP": step}
-    join[(b * h,)](out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS)
+    with torch.cuda.device_of(query):
+        attend[(programs, groups, b)](
+            query,
+            query.stride(0),
+            out,
+            most,
+            norm,
+            mask,
+            mask_b,
+            mask_h,
+            scaling * math.log2(math.e),
+            tuple(tuple(map(_pointers, span.parts)) for span in spans),
+            counts,
+            slots,
+            h,
+            SECTIONS=sections,
+            MASK=kind,
+            UPCAST=INTERPRETED,
+            num_warps=settings.warps,
+            num_stages=settings.stages,
+            maxnreg=settings.registers,
+        )
+        join[(b * h,)](out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS)
     return output
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,8 @@ def main() -> None:
         if options.only in case.name
     ]
     if options.sweep:
-        sweep(chosen, options.minutes * 60, options.workers)
+        body = {"rows": sweep(chosen, options.minutes * 60, options.workers)}
+        print(record.write(f"decode-sweep-{DEVICE}", body, out=options.out or Path("runs")))
         return
     if CUDA:
         compile_ahead([(case, None) for case in chosen], options.workers)
@@ -224,7 +226,8 @@ def compile_ahead(work: list[tuple[Case, Settings | None]], workers: int) -> Non
     start = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         failed = [words for words in pool.map(compiled, work) if words]
-    print(f"compiled {len(work)} in {time.perf_counter() - start:.0f} s", *failed, sep="\n  ")
+    print(f"compiled {len(work)} in {time.perf_counter() - start:.0f} s, {len(failed)} failed")
+    print(*failed[:3], sep="\n", flush=True)
 
 
 def compiled(work: tuple[Case, Settings | None]) -> str | None:
@@ -242,29 +245,48 @@ def compiled(work: tuple[Case, Settings | None]) -> str | None:
     return None
 
 
-def sweep(chosen: list[Case], limit: float, workers: int) -> None:
-    """Try cuts of each case for its share of the time, one change at a time; print the best."""
+def sweep(chosen: list[Case], limit: float, workers: int) -> list[dict[str, Any]]:
+    """Try cuts of each case for its share of the time, one change at a time; return all."""
     stop = time.perf_counter() + limit
     compile_ahead([(case, s) for case in chosen[: len(chosen) // 2] for s in compilable()], workers)
+    rows = []
     for index, case in enumerate(chosen):
-        share = (stop - time.perf_counter()) / (len(chosen) - index)
-        until = time.perf_counter() + share
+        now = time.perf_counter()
         caches, query = drawn_caches(case)
         start = table_settings(caches[0], case.heads // case.groups)
-        tried = {start: timed(caches, query, start)}
-        for _ in range(2):
-            for changed in neighbours(min(tried, key=lambda s: tried[s])):
-                if changed in tried or time.perf_counter() > until:
-                    continue
-                try:
-                    tried[changed] = timed(caches, query, changed)
-                except Exception as error:
-                    tried[changed] = float("inf")
-                    print(f"  {changed}: {type(error).__name__}", flush=True)
+        tried = searched(caches, query, start, now + (stop - now) / (len(chosen) - index))
         ranked = sorted(tried, key=lambda s: tried[s])
-        print(f"{case.name}, {case.shape}: {nbytes(caches[0]) / 1e6:.1f} MB", flush=True)
-        for settings in dict.fromkeys((*ranked[:4], start)):
-            print(f"  {1e6 * tried[settings]:8.1f} us {settings}", flush=True)
+        found = [{**asdict(s), "seconds": tried[s]} for s in ranked if tried[s] < math.inf]
+        rows.append({"name": case.name, "shape": case.shape, "bytes": nbytes(caches[0])})
+        rows[-1] |= {"table": asdict(start), "table_seconds": tried[start], "tried": found}
+        best = ranked[0]
+        print(
+            f"{1e6 * tried[best]:7.1f} us {words(best)}; table {1e6 * tried[start]:7.1f} us ",
+            end="",
+        )
+        print(f"{words(start)}; {case.name}, {case.shape}, {len(tried)} tried", flush=True)
+    return rows
+
+
+def words(settings: Settings) -> str:
+    return "/".join(str(value) for value in asdict(settings).values())
+
+
+def searched(
+    caches: list[Any], query: torch.Tensor, start: Settings, until: float
+) -> dict[Settings, float]:
+    """Return the seconds of settings, each one change from the best before it."""
+    tried = {start: timed(caches, query, start)}
+    for _ in range(2):
+        for changed in neighbours(min(tried, key=lambda s: tried[s])):
+            if changed in tried or time.perf_counter() > until:
+                continue
+            try:
+                tried[changed] = timed(caches, query, changed)
+            except Exception as error:  # out of shared memory or registers: not a candidate
+                tried[changed] = math.inf
+                print(f"  {words(changed)}: {type(error).__name__}", flush=True)
+    return tried
 
 
 def compilable() -> Iterator[Settings]:

@@ -30,6 +30,7 @@ from .packed_latents import PackedLatents
 from .rounded_latents import RoundedLatents, rounded_attention
 
 NAME = "vdcompress"
+WORTH_BYTES = 2**26  # of latents in 16 bits from which on a kernel's time outweighs its launch
 CUDA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -132,8 +133,11 @@ def _decoded(
         from .triton_decode import attend_exact, attend_packed
     except ImportError:
         return None
-    attend = attend_packed if isinstance(key, PackedLatents) else attend_exact
-    return attend(query, key, value, mask, scaling)
+    if isinstance(key, PackedLatents):
+        return attend_packed(query, key, value, mask, scaling)
+    if 2 * (key.numel() + value.numel()) < WORTH_BYTES:
+        return None
+    return attend_exact(query, key, value, mask, scaling)
 
 
 def _same_groups(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,41 +13,41 @@ cache's bytes take at the bandwidth of a copy. Without CUDA everything runs in T
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
 from decode_cases import DTYPE, Case, cases, drawn_spans, nbytes, reference
+from decode_sweep import sweep
+from decode_timing import (
+    COLD_BYTES,
+    CUDA,
+    DEVICE,
+    SCALING,
+    compile_ahead,
+    copies,
+    drawn_caches,
+    drawn_query,
+    seconds,
+    timed,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from vdcompress.modeling.decode_settings import Settings
 from vdcompress.modeling.triton_decode import decode, table_settings
 
-COLD_BYTES = 200 * 2**20
-SCALING, TOLERANCE = 0.125, 8e-3
+TOLERANCE = 8e-3
 CHECKED = (3, 1184)  # sequences and tokens
-REPLAYS, ROUNDS = 20, 7
 SHAPES = ((32, 8192), (1, 32768))
 BACKENDS = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
 )
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-CUTS = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))  # rows and warps
-STAGES, PROGRAMS, REGISTERS = (2, 3, 4, 5), (2, 3, 4, 6, 8, 12, 16), (None, 168, 128)
 
 
 def main() -> None:
@@ -100,11 +100,6 @@ def check(chosen: list[Case]) -> dict[str, float]:
     if wrong:
         raise SystemExit(f"wrong: {', '.join(wrong)}")
     return found
-
-
-def drawn_query(case: Case, draw: torch.Generator) -> torch.Tensor:
-    shape = (case.batch, case.heads, 1, case.query_width)
-    return torch.randn(*shape, generator=draw, device=DEVICE, dtype=DTYPE)
 
 
 def copy_bandwidth(size: int) -> float:
@@ -164,147 +159,6 @@ def measured(case: Case, bandwidth: float, base: dict[str, dict[str, Any]]) -> d
         flush=True,
     )
     return row
-
-
-def drawn_caches(case: Case) -> tuple[list[Any], torch.Tensor]:
-    """Return as many caches as are cold when their turn comes, and a query."""
-    draw = torch.Generator(DEVICE).manual_seed(5)
-    first = drawn_spans(case, DEVICE, draw)
-    rest = [drawn_spans(case, DEVICE, draw) for _ in range(copies(nbytes(first)) - 1)]
-    return [first, *rest], drawn_query(case, draw)
-
-
-def copies(size: int) -> int:
-    """Return how many caches of a size hold so much that the L2 keeps none of them."""
-    return max(2, -(-COLD_BYTES // size)) if CUDA else 2
-
-
-def timed(caches: list[Any], query: torch.Tensor, settings: Settings | None) -> float:
-    return seconds([lambda c=c: decode(query, c, None, SCALING, settings=settings) for c in caches])
-
-
-def seconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> float:
-    """Return the median seconds of a call, of graphs of all calls in a row."""
-    if not CUDA:
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - start) / len(calls)
-    graph = captured(calls)
-    found = []
-    for _ in range(ROUNDS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        stop.record()
-        stop.synchronize()
-        found.append(start.elapsed_time(stop) / 1e3 / replays / len(calls))
-    return statistics.median(found)
-
-
-def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """Return a graph of calls, warmed up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def compile_ahead(work: list[tuple[Case, Settings | None]], workers: int) -> None:
-    """Compile kernels in processes of their own; Triton keeps them on disk."""
-    start = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        failed = [words for words in pool.map(compiled, work) if words]
-    print(f"compiled {len(work)} in {time.perf_counter() - start:.0f} s, {len(failed)} failed")
-    print(*failed[:3], sep="\n", flush=True)
-
-
-def compiled(work: tuple[Case, Settings | None]) -> str | None:
-    """Run a case once, at a small size; return what went wrong."""
-    case, settings = work
-    draw = torch.Generator(DEVICE).manual_seed(0)
-    small = replace(case, batch=2, tokens=256 + case.window + case.sinks)
-    try:
-        spans = drawn_spans(small, DEVICE, draw)
-        decode(drawn_query(small, draw), spans, None, SCALING, settings=settings)
-        if CUDA:
-            torch.cuda.synchronize()
-    except Exception as error:  # out of shared memory or registers: not a candidate
-        return f"{case.name} {settings}: {type(error).__name__}: {str(error)[:100]}"
-    return None
-
-
-def sweep(chosen: list[Case], limit: float, workers: int) -> list[dict[str, Any]]:
-    """Try cuts of each case for its share of the time, one change at a time; return all."""
-    stop = time.perf_counter() + limit
-    compile_ahead([(case, s) for case in chosen[: len(chosen) // 2] for s in compilable()], workers)
-    rows = []
-    for index, case in enumerate(chosen):
-        now = time.perf_counter()
-        caches, query = drawn_caches(case)
-        start = table_settings(caches[0], case.heads // case.groups)
-        tried = searched(caches, query, start, now + (stop - now) / (len(chosen) - index))
-        ranked = sorted(tried, key=lambda s: tried[s])
-        found = [{**asdict(s), "seconds": tried[s]} for s in ranked if tried[s] < math.inf]
-        rows.append({"name": case.name, "shape": case.shape, "bytes": nbytes(caches[0])})
-        rows[-1] |= {"table": asdict(start), "table_seconds": tried[start], "tried": found}
-        best = ranked[0]
-        print(
-            f"{1e6 * tried[best]:7.1f} us {words(best)}; table {1e6 * tried[start]:7.1f} us ",
-            end="",
-        )
-        print(f"{words(start)}; {case.name}, {case.shape}, {len(tried)} tried", flush=True)
-    return rows
-
-
-def words(settings: Settings) -> str:
-    return "/".join(str(value) for value in asdict(settings).values())
-
-
-def searched(
-    caches: list[Any], query: torch.Tensor, start: Settings, until: float
-) -> dict[Settings, float]:
-    """Return the seconds of settings, each one change from the best before it."""
-    tried = {start: timed(caches, query, start)}
-    for _ in range(2):
-        for changed in neighbours(min(tried, key=lambda s: tried[s])):
-            if changed in tried or time.perf_counter() > until:
-                continue
-            try:
-                tried[changed] = timed(caches, query, changed)
-            except Exception as error:  # out of shared memory or registers: not a candidate
-                tried[changed] = math.inf
-                print(f"  {words(changed)}: {type(error).__name__}", flush=True)
-    return tried
-
-
-def compilable() -> Iterator[Settings]:
-    """Yield the cuts that need a kernel of their own and are likely met."""
-    for (rows, warps), stages in itertools.product(CUTS, STAGES[:3]):
-        yield Settings(rows, warps, stages)
-
-
-def neighbours(of: Settings) -> Iterator[Settings]:
-    """Yield settings that differ in one thing."""
-    for rows, warps in CUTS:
-        yield replace(of, rows=rows, warps=warps)
-    for programs in PROGRAMS:
-        yield replace(of, programs=programs)
-    for stages in STAGES:
-        yield replace(of, stages=stages)
-    for registers in REGISTERS:
-        yield replace(of, registers=registers)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from decode_reference import drawn, sides
 from naive_packed import LAYERS
 from vdcompress.modeling import attention
+from vdcompress.modeling.decode_cutting import MANTISSA, tile, tokens_per_row
 from vdcompress.modeling.decode_spans import spans_of
-from vdcompress.modeling.decode_tiles import MANTISSA, Tile, tile, tokens_per_row
+from vdcompress.modeling.decode_tiles import Tile
 from vdcompress.modeling.packed_cache import PackedLayer
 from vdcompress.modeling.packing import pack
 from vdcompress.modeling.schemes import SCHEMES
@@ -103,3 +106,13 @@ def test_without_triton_the_kernel_is_left_out(monkeypatch: Any) -> None:
         monkeypatch.delitem(sys.modules, f"vdcompress.modeling.{name}", raising=False)
     x = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
     assert attention._decoded(x, x, x, None, 1.0) is None
+
+
+def test_an_exported_folder_carries_the_kernel_and_loads_without_triton() -> None:
+    family = Path(attention.__file__).with_name("llama.py")
+    files = {Path(file) for file in get_relative_import_files(family)}
+    assert {"triton_decode.py", "decode_kernels.py"} <= {file.name for file in files}
+    assert {name for file in files for name in get_imports(file)} & {
+        "triton",
+        "vdcompress",
+    } == set()

@@ -15,10 +15,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .decode_cutting import tile, tokens_per_row
 from .decode_kernels import attend, join
 from .decode_settings import LEAST_BLOCKS, Settings, settings_for
 from .decode_spans import PartTokens, Span, exact, spans_of
-from .decode_tiles import EXACT, Section, Tile, power_of_two, tile, tokens_per_row
+from .decode_tiles import EXACT, Section, Tile, power_of_two
 from .packed_latents import PackedLatents
 from .schemes import GROUP_TOKENS, PER_CHANNEL
 

@@ -13,6 +13,7 @@ there already are kept.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ import standins
 import token_sets
 from torch import Tensor
 
-from vdcompress.bits import behind_rope
+from vdcompress.bits import SINKS, WINDOW, behind_rope
 from vdcompress.calibrate import calibrate
 from vdcompress.evaluate import evaluate
 from vdcompress.load import Base, load
@@ -44,19 +45,21 @@ START = Start("fisher", refit="none", alternate=0)
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: which part of which latents is packed, and how."""
+    """One row: which part of which latents is packed, and how; some tokens stay exact."""
 
     latents: str
     part: str
     quantizer: str
     bits: int
     rotate: bool
+    exact: bool
 
     @property
     def name(self) -> str:
         """Return what tells it from all others."""
         turned = "rotated" if self.rotate else "plain"
-        return f"{self.latents} {self.part} {self.quantizer} {self.bits} {turned}"
+        tokens = f"s{SINKS} w{WINDOW}" if self.exact else "s0 w0"
+        return f"{self.latents} {self.part} {self.quantizer} {self.bits} {turned} {tokens}"
 
 
 def settings(latents: str, layer: LayerLayout) -> Iterator[Setting]:
@@ -66,9 +69,9 @@ def settings(latents: str, layer: LayerLayout) -> Iterator[Setting]:
             continue
         for scheme in SCHEMES.values():
             for bits in scheme.bits:
-                for rotate in (False, True):
-                    if not (bits == 8 and rotate):
-                        yield Setting(latents, part, scheme.name, bits, rotate)
+                for rotate, exact in itertools.product((False, True), repeat=2):
+                    if bits < 8 or not (rotate or exact):
+                        yield Setting(latents, part, scheme.name, bits, rotate, exact)
 
 
 def plan_of(whole: Plan, setting: Setting | None) -> Plan:
@@ -81,7 +84,8 @@ def plan_of(whole: Plan, setting: Setting | None) -> Plan:
         part = getattr(layer, setting.part)
         packed = replace(part, bits=setting.bits, quantizer=setting.quantizer)
         layers.append(replace(layer, **{setting.part: packed}))
-    return replace(whole, layers=tuple(layers), start=start)
+    sinks, window = (SINKS, WINDOW) if setting.exact else (0, 0)
+    return replace(whole, layers=tuple(layers), start=start, sinks=sinks, window=window)
 
 
 def wholes(shape: ModelShape, model: str) -> dict[str, Plan]:

@@ -80,11 +80,19 @@ def apply(
     ] = None,
     sinks: Annotated[
         int | None,
-        typer.Option(min=0, help="First tokens that stay in 16 bits.", rich_help_panel=o.KEPT),
+        typer.Option(
+            min=0,
+            help="First tokens that stay in 16 bits; 4 below 8 bits.",
+            rich_help_panel=o.KEPT,
+        ),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(min=0, help="Newest tokens that stay in 16 bits.", rich_help_panel=o.KEPT),
+        typer.Option(
+            min=0,
+            help="Newest tokens that stay in 16 bits; 32 below 8 bits.",
+            rich_help_panel=o.KEPT,
+        ),
     ] = None,
     target: Annotated[
         o.Target | None,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
-from vdcompress.modeling.schemes import DEFAULTS
+from vdcompress.modeling.schemes import DEFAULTS, ROTARY_DEFAULTS
 
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
     from vdcompress.request import Request
 
 ROTARY_BITS = 8
+SINKS, WINDOW = 4, 32  # below 8 bits, where few exact tokens are worth far more than their bytes
 AnyPart = TypeVar("AnyPart", bound=Part)
 
 
@@ -32,7 +34,18 @@ def with_bits(layer: LayerLayout, request: Request, shape: ModelShape) -> LayerL
     return LayerLayout(
         packed(layer.v, v_bits),
         packed(layer.k_nope, k_bits),
-        packed(layer.k_rotary, rotary_bits(request)),
+        packed(layer.k_rotary, rotary_bits(request), ROTARY_DEFAULTS),
+    )
+
+
+def exact_tokens(request: Request) -> tuple[int, int]:
+    """Return how many sinks and how many of the newest tokens stay exact."""
+    asked = (request.v_bits, request.k_bits, request.k_rotary_bits)
+    few = any(bits is not None and bits < 8 for bits in asked)
+    sinks, window = (SINKS, WINDOW) if few else (0, 0)
+    return (
+        sinks if request.sinks is None else request.sinks,
+        window if request.window is None else request.window,
     )
 
 
@@ -43,11 +56,11 @@ def rotary_bits(request: Request) -> int:
     return max(request.k_bits or 16, ROTARY_BITS)
 
 
-def packed(part: AnyPart, bits: int) -> AnyPart:
+def packed(part: AnyPart, bits: int, defaults: Mapping[int, str] = DEFAULTS) -> AnyPart:
     """Return a part in so many bits, by the quantiser that is best there."""
     if bits == 16 or not part.width:
         return part
-    return replace(part, bits=bits, quantizer=DEFAULTS[bits])
+    return replace(part, bits=bits, quantizer=defaults[bits])
 
 
 def behind_rope(layer: LayerLayout) -> LayerLayout:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vdcompress import serving
+from vdcompress.bits import exact_tokens
 from vdcompress.budget import layers_for
 from vdcompress.errors import PlanError
 from vdcompress.modeling import layout as layouts
@@ -232,8 +233,8 @@ def make_plan(
     v_bits: int | None = None,
     k_bits: int | None = None,
     k_rotary_bits: int | None = None,
-    sinks: int = 0,
-    window: int = 0,
+    sinks: int | None = None,
+    window: int | None = None,
     start: Start | None = None,
 ) -> Plan:
     """Plan uniform widths from the shape alone; what is not named stays as it is.
@@ -250,8 +251,9 @@ def make_plan(
         v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
         k_bits: of K's likewise.
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
-        sinks: first tokens of a sequence that stay in 16 bits.
-        window: newest tokens that stay in 16 bits.
+        sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
+            than 8 bits.
+        window: newest tokens that stay in 16 bits; None is 32 there.
         start: how the new weights are found.
 
     Raises:
@@ -299,7 +301,8 @@ def plan_for(
         layers = layers_for(shape, request, gains)
     except KeyError as error:
         raise PlanError([f"the gains hold nothing for {error} groups"]) from error
-    plan = Plan(shape, layers, start or Start(), sinks=request.sinks, window=request.window)
+    sinks, window = exact_tokens(request)
+    plan = Plan(shape, layers, start or Start(), sinks=sinks, window=window)
     plan.validate()
     if request.target == VLLM:
         _require_vllm(plan)

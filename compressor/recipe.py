@@ -57,8 +57,8 @@ class PlanSection(Section):
     v_bits: Bits | None = None
     k_bits: Bits | None = None
     k_rotary_bits: Bits | None = None
-    sinks: Tokens = 0
-    window: Tokens = 0
+    sinks: Tokens | None = None
+    window: Tokens | None = None
     target: Literal["transformers", "vllm"] = "transformers"
 
 

@@ -35,8 +35,9 @@ class Request:
         v_bits: of V's latents, 16, 8, 4, 3 or 2; None is 16.
         k_bits: of K's likewise.
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
-        sinks: first tokens of a sequence that stay in 16 bits.
-        window: newest tokens that stay in 16 bits.
+        sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
+            than 8 bits.
+        window: newest tokens that stay in 16 bits; None is 32 there.
         target: ``transformers``, or ``vllm``: one layout for all layers, as many K latents as V
             latents, equally wide.
     """
@@ -51,8 +52,8 @@ class Request:
     v_bits: int | None = None
     k_bits: int | None = None
     k_rotary_bits: int | None = None
-    sinks: int = 0
-    window: int = 0
+    sinks: int | None = None
+    window: int | None = None
     target: str = TRANSFORMERS
 
     @classmethod
@@ -129,8 +130,8 @@ class Request:
         words += [f"r{self.k_rotary_dim}"] if self.k_rotary_dim is not None else []
         bits = (("vb", self.v_bits), ("kb", self.k_bits), ("rb", self.k_rotary_bits))
         words += [f"{name}{number}" for name, number in bits if number is not None]
-        words += [f"s{self.sinks}"] if self.sinks else []
-        words += [f"w{self.window}"] if self.window else []
+        words += [f"s{self.sinks}"] if self.sinks is not None else []
+        words += [f"w{self.window}"] if self.window is not None else []
         if self.allocation is not None and (self.kv_budget is None) == self.by_layer:
             words.append(self.allocation)
         words += [self.target] if self.target != TRANSFORMERS else []
@@ -197,9 +198,10 @@ class Request:
             if bits is not None and bits not in BITS:
                 found.append(f"{name} {bits} is none of {', '.join(map(str, BITS))}")
         for name in ("sinks", "window"):
-            if getattr(self, name) < 0:
-                found.append(f"{name} {getattr(self, name)} is below zero")
-            if getattr(self, name) and not self.packs:
+            tokens = getattr(self, name) or 0
+            if tokens < 0:
+                found.append(f"{name} {tokens} is below zero")
+            if tokens and not self.packs:
                 found.append(f"{name} without bits: every token stays in 16 bits")
         if self.packs and self.kv_budget is not None:
             found.append("kv_budget excludes bits: name widths")

@@ -41,14 +41,16 @@ def plans(base: Base) -> dict[str, Plan]:
     shape = base.shape
     partial = shape.rotary_dim < shape.head_dim
     rotary = {"k_rotary_dim": shape.rotary_dim * shape.kv_heads} if partial else {}
-    in_bits = make_plan(shape, v_bits=4, k_bits=4)
+    in_bits = make_plan(shape, v_bits=4, k_bits=4, sinks=0, window=0)
     return {
         "bits alone": in_bits,
         "exact tokens": replace(in_bits, sinks=3, window=6),
-        "groups of tokens": per_channel_keys(make_plan(shape, v_bits=4, k_bits=4, sinks=2)),
-        "one side": make_plan(shape, v_bits=3),
+        "groups of tokens": per_channel_keys(
+            make_plan(shape, v_bits=4, k_bits=4, sinks=2, window=0)
+        ),
+        "one side": make_plan(shape, v_bits=3, sinks=0, window=0),
         "shared and narrow": make_plan(
-            shape, v_dim=24, k_dim=24, groups=1, v_bits=3, k_bits=2, window=5, **rotary
+            shape, v_dim=24, k_dim=24, groups=1, v_bits=3, k_bits=2, sinks=0, window=5, **rotary
         ),
     }
 
@@ -245,7 +247,7 @@ def test_full_width_in_many_bits_is_the_base(
     expected = logits(base.model, ids).log_softmax(-1)
     errors = []
     for bits in (8, 4, 2):
-        plan = make_plan(base.shape, v_bits=bits, k_bits=bits)
+        plan = make_plan(base.shape, v_bits=bits, k_bits=bits, sinks=0, window=0)
         model = rewrite(base, plan, statistics)
         errors.append((logits(model, ids).log_softmax(-1) - expected).abs().mean().item())
         for module in model.modules():

@@ -4,7 +4,8 @@ Letters: b batch, g latents, r rows (queries of the heads that share a latent), 
 of T, w width in blocks B of D. A few tokens are unpacked at a time, so that they stay in a
 processor's cache. With few rows the scale and the zero point of a block are taken out of the
 products: ``q . (scale * (level - zero)) = scale * (q . level - zero * sum(q))``, so that no number
-is touched beyond its codes. With many rows it is cheaper to dequantise first.
+is touched beyond its codes. With several blocks only the zero point is, and with many rows it is
+cheaper to dequantise first.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .packing import unpack
+from .packing import unpack, unpack_runs
 from .quantizer import Packed, Quantizer
+from .schemes import codes_per_word
 
-NUMBERS = {"cpu": 2**18, "cuda": 2**25}  # unpacked at a time
+NUMBERS = {"cpu": 2**20, "cuda": 2**25}  # unpacked at a time
+NARROWEST = 16  # run of codes that is multiplied by itself
 FEWEST = 128  # tokens, a multiple of every scheme's
 
 
@@ -76,6 +79,27 @@ def _levels(quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype
     return quantizer.levels(unpack(packed.codes, quantizer.bits, width, dtype))
 
 
+def _columns(
+    quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, slice]]:
+    """Yield levels of some dimensions at a time, and which these are.
+
+    A run of codes that is wide enough is not put beside the others first. Where a latent has
+    several scales the levels are multiplied by them.
+    """
+    bits, blocks = quantizer.bits, packed.scale.shape[-1]
+    if blocks == 1 and width * bits % 8 == 0 and width // codes_per_word(bits) >= NARROWEST:
+        first = 0
+        for run in unpack_runs(packed.codes, bits, width, dtype):
+            yield quantizer.levels(run), slice(first, first + run.shape[-1])
+            first += run.shape[-1]
+        return
+    levels = _levels(quantizer, packed, width, dtype)
+    if blocks > 1:
+        levels.unflatten(-1, (blocks, -1)).mul_(packed.scale.unsqueeze(-1))
+    yield levels, slice(0, width)
+
+
 def _factors(
     quantizer: Quantizer, packed: Packed, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
@@ -90,16 +114,14 @@ def _scores_by_token(quantizer: Quantizer, packed: Packed, query: Tensor) -> Ten
     width, dtype = query.shape[-1], query.dtype
     scale, zero = _factors(quantizer, packed, dtype)
     blocks = scale.shape[2]
-    by_block = query.unflatten(-1, (blocks, -1))  # [b, g, r, B, D]
-    queries = by_block.unbind(-2)
-    raw = query.new_empty(*query.shape[:2], blocks, query.shape[2], packed.codes.shape[2])
+    total = query.new_zeros(*query.shape[:3], packed.codes.shape[2])
     for tokens, some in _pieces(quantizer, packed, width):
-        levels = _levels(quantizer, some, width, dtype).split(width // blocks, dim=-1)
-        for block, (q, x) in enumerate(zip(queries, levels, strict=True)):
-            raw[:, :, block, :, tokens] = q @ x.mT
-    total: Tensor = raw.mul_(scale.unsqueeze(3)).sum(2) if blocks > 1 else raw[:, :, 0].mul_(scale)
+        for x, own in _columns(quantizer, some, width, dtype):
+            total[..., tokens] += query[..., own] @ x.mT
+    if blocks == 1:
+        total *= scale
     if zero is not None:
-        total -= by_block.sum(-1) @ zero
+        total -= query.unflatten(-1, (blocks, -1)).sum(-1) @ zero
     return total
 
 
@@ -107,15 +129,15 @@ def _sum_by_token(quantizer: Quantizer, packed: Packed, weights: Tensor, width: 
     dtype = weights.dtype
     scale, zero = _factors(quantizer, packed, dtype)
     blocks = scale.shape[2]
-    scaled = weights.unsqueeze(2) * scale.unsqueeze(3)  # [b, g, B, r, s]
-    sums = weights.new_zeros(*scaled.shape[:4], width // blocks)
+    scaled = weights * scale if blocks == 1 else weights
+    sums = weights.new_zeros(*weights.shape[:3], width)
     for tokens, some in _pieces(quantizer, packed, width):
-        levels = _levels(quantizer, some, width, dtype).split(width // blocks, dim=-1)
-        for block, x in enumerate(levels):
-            sums[:, :, block] += scaled[:, :, block, :, tokens] @ x
+        for x, own in _columns(quantizer, some, width, dtype):
+            sums[..., own] += scaled[..., tokens] @ x
     if zero is not None:
-        sums -= (weights @ zero.mT).mT.unsqueeze(-1)
-    return sums.transpose(2, 3).flatten(3)
+        taken = (weights @ zero.mT).unsqueeze(-1)
+        sums = (sums.unflatten(-1, (blocks, -1)) - taken).flatten(-2)
+    return sums
 
 
 def _scores_by_channel(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:

@@ -44,21 +44,31 @@ def unpack(packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8) 
         n: codes per latent.
         dtype: of the result.
     """
+    runs = unpack_runs(packed, bits, n, dtype)
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)[..., :n]
+
+
+def unpack_runs(
+    packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8
+) -> list[Tensor]:
+    """Return the runs that make up the codes of each latent, one after the other.
+
+    Arguments are those of :func:`unpack`; the last runs may hold codes beyond the n-th.
+    """
     if packed.shape[-1] != packed_width(n, bits):
         raise ValueError(f"{packed.shape[-1]} bytes do not hold {n} codes of {bits} bits")
     if bits == 8:
-        return packed.to(dtype)
+        return [packed.to(dtype)]
     runs, mask = codes_per_word(bits), 2**bits - 1
-    columns = -(-n // runs)
-    planes = packed.unflatten(-1, (word_bytes(bits), columns)).unbind(-2)
-    codes = torch.empty(*packed.shape[:-1], runs * columns, dtype=dtype, device=packed.device)
-    for k, run in enumerate(codes.unflatten(-1, (runs, columns)).unbind(-2)):
+    planes = packed.unflatten(-1, (word_bytes(bits), -1)).unbind(-2)
+    found = []
+    for k in range(runs):
         byte, offset = divmod(k * bits, 8)
         code = planes[byte] >> offset if offset else planes[byte]
         if offset + bits > 8:
             code = code | planes[byte + 1] << 8 - offset
-        run.copy_(code if offset + bits == 8 else code & mask)
-    return codes[..., :n]
+        found.append((code if offset + bits == 8 else code & mask).to(dtype))
+    return found
 
 
 def _parts(bits: int, byte: int) -> list[tuple[int, int]]:

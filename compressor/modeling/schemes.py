@@ -112,4 +112,6 @@ PER_TOKEN = Scheme("per_token")
 PER_CHANNEL = Scheme("per_channel", token_block=GROUP_TOKENS, dim_block=1)
 NORMAL = Scheme("normal", zero_bytes=0, bits=(4, 3, 2))
 SCHEMES = {scheme.name: scheme for scheme in (PER_TOKEN, PER_CHANNEL, NORMAL)}
+# What bench/quantizers.py found best for bits, of rotated latents and of keys that RoPE turns.
 DEFAULTS = {8: PER_TOKEN.name, 4: PER_TOKEN.name, 3: NORMAL.name, 2: NORMAL.name}
+ROTARY_DEFAULTS = {8: PER_TOKEN.name} | dict.fromkeys((4, 3, 2), PER_CHANNEL.name)

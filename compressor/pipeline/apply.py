@@ -98,8 +98,9 @@ def compress(
         v_bits: of V's latents, 16, 8, 4, 3 or 2; alone it packs the whole values.
         k_bits: of K's likewise.
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
-        sinks: first tokens of a sequence that stay in 16 bits.
-        window: newest tokens that stay in 16 bits.
+        sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
+            than 8 bits.
+        window: newest tokens that stay in 16 bits; None is 32 there.
         target: ``transformers`` or ``vllm``, what the layout is for.
         recipe: further settings; None takes the defaults.
         overrides: single settings, such as ``{"calibration.data": "text.jsonl"}``.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bits_tables
+import decode_tables
 import healing_tables
 import seed_tables
 import serving_tables
@@ -206,6 +207,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     **healing_tables.TABLES,
     **seed_tables.TABLES,
     **serving_tables.TABLES,
+    **decode_tables.TABLES,
     "candidates": candidates,
 }
 

@@ -8,7 +8,8 @@ A prefill runs through torch's scaled dot product attention. On CPU its fast ker
 widths, so the narrower side is padded with zeros for the call (the cache never holds them). One
 query against a CPU cache is two plain matrix products, which read the cache once and are faster
 than any kernel torch has there for unequal widths. Latents in few bits are attended where they are
-packed, by :mod:`packed_attention`.
+packed, by :mod:`packed_attention`. One query on CUDA is left to :mod:`triton_decode` where there is
+Triton.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .packed_attention import packed_attention
+from .packed_attention import packed_attention, use_kernel
 from .packed_latents import PackedLatents
 from .rounded_latents import RoundedLatents, rounded_attention
 
 NAME = "vdcompress"
+WORTH_BYTES = 2**26  # of latents in 16 bits from which on a kernel's time outweighs its launch
 CUDA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -96,6 +98,10 @@ def latent_attention(  # noqa: PLR0917
         return rounded_attention(module, query, key, value, attention_mask, scaling, dropout)
     if isinstance(key, PackedLatents):
         return packed_attention(module, query, key, value, attention_mask, scaling)
+    if query.is_cuda and query.shape[2] == 1 and not dropout:
+        found = _decoded(query, key, value, attention_mask, scaling)
+        if found is not None:
+            return found.transpose(1, 2), None
     on_cpu = query.device.type == "cpu"
     if on_cpu and query.shape[2] == 1 and not query.requires_grad:
         output, _ = matmul_attention(
@@ -117,6 +123,23 @@ def latent_attention(  # noqa: PLR0917
     return output[..., :width], None
 
 
+def _decoded(
+    query: Tensor, key: Any, value: Any, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Return what the Triton kernel makes of one query on CUDA [b, h, 1, v]; None without it."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        from .triton_decode import attend_exact, attend_packed
+    except ImportError:
+        return None
+    if isinstance(key, PackedLatents):
+        return attend_packed(query, key, value, mask, scaling)
+    if 2 * (key.numel() + value.numel()) < WORTH_BYTES:
+        return None
+    return attend_exact(query, key, value, mask, scaling)
+
+
 def _same_groups(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Repeat the side with fewer latents, so that both have one per group of query heads."""
     groups = max(key.shape[1], value.shape[1])
@@ -131,5 +154,6 @@ def _pad(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
+use_kernel("cuda", _decoded)
 AttentionInterface.register(NAME, latent_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

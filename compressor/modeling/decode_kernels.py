@@ -1,0 +1,238 @@
+"""The kernels of :mod:`triton_decode`: one query attends over latents in few bits.
+
+A program reads some tokens of one group of heads and leaves the weighted sum of their values beside
+its norm and the power of two that both are relative to; a second kernel joins what the programs
+left. All heads of a group are columns of one matrix, so that each latent is read once. Where they
+are fewer than 8 a row holds several latents, and a column is one head on one of these (its queries
+are zero on the others): nothing of a matrix unit stays empty, and a row's bytes are read side by
+side whatever a latent's width.
+
+Scales and zero points are taken out of the products: ``q . (scale * (code - zero))`` is ``scale *
+(q . code - zero * sum(q))``. Codes enter a product as fp16 numbers that are not normalised.
+Letters: R rows of a block, N columns.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ImportError("the package triton is not installed") from missing
+
+from .decode_reading import element, length, scores_shape, static
+from .decode_scores import masked_scores, part_scores, query_tiles
+from .decode_values import add_values, store_sums, sums_shape, value_scales, values_of
+
+LOWEST = tl.constexpr(-1e30)  # below any score; finite, so that differences are numbers
+
+
+@triton.jit
+def _attend_section(
+    query,
+    out,
+    most_out,
+    norm_out,
+    mask,
+    mask_h,
+    factor,
+    parts,
+    counts,
+    batch,
+    group,
+    split,
+    slots,
+    SECTION: tl.constexpr,
+    MASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend over the tokens of one split of a section."""
+    BLOCK: tl.constexpr = SECTION.rows * SECTION.tokens
+    column = tl.arange(0, SECTION.columns)
+    head, place = column // SECTION.tokens, column % SECTION.tokens
+    start = split * counts[4] * BLOCK
+    stop = tl.minimum(start + counts[4] * BLOCK, counts[0])
+    shrink = 1.0
+    grow = factor
+    if SECTION.shrinks:
+        dims = tl.arange(0, SECTION.query_room)
+        inside = (column < SECTION.heads)[:, None] & (dims < SECTION.query_width)[None, :]
+        where = query + column[:, None] * SECTION.query_stride + dims[None, :]
+        whole = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        power = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(whole)), 1e-30)))
+        shrink = tl.exp2(-power)
+        grow = factor * tl.exp2(power)
+    tiles = ()
+    totals = ()
+    for k in tl.static_range(length(SECTION.keys)):
+        own = query_tiles(query, shrink, head, place, element(SECTION.keys, k), SECTION, UPCAST)
+        tiles = tiles + (own[0],)
+        totals = totals + (own[1],)
+    VALUES: tl.constexpr = values_of(SECTION)
+    sums = ()
+    lost = ()
+    for latent in tl.static_range(static(VALUES.latents)):
+        for t in tl.static_range(length(VALUES.terms)):
+            sums = sums + (tl.zeros(sums_shape(VALUES, t, SECTION), tl.float32),)
+        for block in tl.static_range(static(VALUES.blocks)):
+            if VALUES.has_zero and not VALUES.by_channel:
+                lost = lost + (tl.zeros(scores_shape(SECTION), tl.float32),)
+    most = tl.full([static(SECTION.columns)], LOWEST, tl.float32)
+    norm = tl.zeros(scores_shape(SECTION), tl.float32)
+    for first in tl.range(start, stop, BLOCK):
+        left = stop - first
+        inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens + place[None, :]
+        alive = inner < left
+        scores = tl.zeros(scores_shape(SECTION), tl.float32)
+        for k in tl.static_range(length(SECTION.keys)):
+            at = first
+            if SECTION.keys[k].moved:
+                at = first + counts[5 + k]
+            found = part_scores(
+                parts[k],
+                tiles[k],
+                totals[k],
+                batch,
+                group,
+                at,
+                left,
+                grow,
+                element(SECTION.keys, k),
+                SECTION,
+                UPCAST,
+            )
+            if SECTION.keys[k].exact:
+                found = found * factor
+            scores += found
+        scores = masked_scores(scores, mask, mask_h, head, counts[1] + first + inner, alive, MASK)
+        at = first
+        if VALUES.moved:
+            at = first + counts[5 + length(SECTION.keys)]
+        values = parts[length(SECTION.keys)]
+        scales, zeros, top = value_scales(values, batch, group, at, left, VALUES, SECTION)
+        ranked = scores
+        if not (VALUES.exact or VALUES.by_channel):
+            ranked = scores + ((top.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
+        new = tl.maximum(most, tl.max(ranked, 0))
+        kept = tl.exp2(most - new)
+        most = new
+        weights = tl.exp2(scores - most[None, :])
+        norm = norm * kept[None, :] + weights
+        sums, lost = add_values(
+            values,
+            sums,
+            lost,
+            weights,
+            scales,
+            zeros,
+            kept,
+            batch,
+            group,
+            at,
+            left,
+            VALUES,
+            SECTION,
+            UPCAST,
+        )
+    slot = counts[3] + split * SECTION.tokens
+    store_sums(out, sums, lost, head, place, slots, slot, VALUES, SECTION)
+    row = head * slots + slot + place
+    tl.store(most_out + row, most, mask=head < SECTION.heads)
+    tl.store(norm_out + row, tl.sum(norm, 0), mask=head < SECTION.heads)
+
+
+@triton.jit(do_not_specialize=["counts", "slots", "factor", "mask_b"])
+def attend(
+    query,
+    query_b,
+    out,
+    most,
+    norm,
+    mask,
+    mask_b,
+    mask_h,
+    factor,
+    parts,
+    counts,
+    slots,
+    heads,
+    SECTIONS: tl.constexpr,
+    MASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend over one split of the tokens: programs are splits x groups x sequences.
+
+    Args:
+        query: [b, h, k]; heads and dimensions have the strides of ``SECTIONS``.
+        query_b: stride of its sequences.
+        out: float32 [b, h, slots, v], the weighted sums.
+        most: float32 [b, h, slots], the power of two that they are relative to.
+        norm: float32 [b, h, slots], the sums of weights.
+        mask: of tokens, for ``MASK`` 1 (bytes, not 0 attends) and 2 (added to scores).
+        mask_b: stride of its sequences.
+        mask_h: stride of its heads.
+        factor: of the scores, times the logarithm of e to the base of 2.
+        parts: for each section its key parts and its values.
+        counts: for each section its tokens, the number of its first one in the mask, its first
+            program, its first slot, the blocks of a program, and the first token of each part.
+        slots: of a head.
+        heads: of a sequence.
+        SECTIONS: how each section is read.
+        MASK: 0 for none.
+        UPCAST: multiply in float32.
+    """
+    program = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    for s in tl.static_range(length(SECTIONS)):
+        first_head = group * SECTIONS[s].heads
+        row = (batch * heads + first_head) * slots
+        split = program - counts[s][2]
+        if (split >= 0) & (
+            split * counts[s][4] * SECTIONS[s].rows * SECTIONS[s].tokens < counts[s][0]
+        ):
+            _attend_section(
+                query + batch * query_b + first_head * SECTIONS[s].query_stride,
+                out + row * SECTIONS[s].values.width,
+                most + row,
+                norm + row,
+                mask + batch * mask_b + first_head * mask_h,
+                mask_h,
+                factor,
+                parts[s],
+                counts[s],
+                batch,
+                group,
+                split,
+                slots,
+                element(SECTIONS, s),
+                MASK,
+                UPCAST,
+            )
+
+
+@triton.jit(do_not_specialize=["slots"])
+def join(
+    out, most, norm, output, slots, WIDTH: tl.constexpr, ROOM: tl.constexpr, STEP: tl.constexpr
+):
+    """Join what the programs left: ``output`` [b, h, v], one program for each head."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, ROOM)
+    top = -1e30
+    total = 0.0
+    found = tl.zeros([ROOM], tl.float32)
+    for first in tl.range(0, slots, STEP):
+        slot = first + tl.arange(0, STEP)
+        inside = slot < slots
+        own = tl.load(most + row * slots + slot, mask=inside, other=-1e30)
+        norms = tl.load(norm + row * slots + slot, mask=inside, other=0.0)
+        where = (row * slots + slot)[:, None] * WIDTH + dims[None, :]
+        sums = tl.load(out + where, mask=inside[:, None] & (dims < WIDTH)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(own, 0))
+        kept = tl.exp2(top - new)
+        weights = tl.exp2(own - new)
+        total = total * kept + tl.sum(weights * norms, 0)
+        found = found * kept + tl.sum(sums * weights[:, None], 0)
+        top = new
+    found = found / tl.where(total > 0.0, total, 1.0)  # 0 where nothing was attended to
+    tl.store(output + row * WIDTH + dims, found, mask=dims < WIDTH)

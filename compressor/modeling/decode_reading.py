@@ -1,0 +1,186 @@
+"""What the decode kernels read: units of rows, the codes in them, and their scales.
+
+A part is a tuple of its codes, scales and zero points, and the strides of sequences and latents of
+codes and scales. What the constants mean is in :mod:`decode_tiles`. Letters: R rows of a block,
+N columns, U units of a piece.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as missing:
+    raise ImportError("the package triton is not installed") from missing
+
+ONE_AND_UP = tl.constexpr(0x6400)  # bits of fp16 1024: a code added to them adds its value
+
+
+@triton.constexpr_function
+def scores_shape(section):
+    """Return the shape [R, N] of scores."""
+    return [section.rows, section.columns]
+
+
+@triton.constexpr_function
+def length(items):
+    """Return a length, known when compiling."""
+    return len(items)
+
+
+@triton.constexpr_function
+def static(value):
+    """Return what is known when compiling."""
+    return value
+
+
+@triton.constexpr_function
+def element(items, index):
+    """Return an element, known when compiling."""
+    return items[index]
+
+
+@triton.constexpr_function
+def piece_of(tile, term):
+    """Return the piece that a product reads."""
+    return tile.pieces[tile.terms[term][1]]
+
+
+@triton.constexpr_function
+def field_of(tile, term):
+    """Return the field of its piece that a product reads."""
+    return tile.fields[tile.terms[term][2]]
+
+
+@triton.constexpr_function
+def two_to(n):
+    """Return two to the power of ``n``, which may be negative."""
+    return 2.0**n
+
+
+@triton.jit
+def codes_of_units(
+    PIECE: tl.constexpr, FIELD: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Return of each unit of a piece which latent of the row it is of, its code, and if it is."""
+    unit = PIECE.offset + tl.arange(0, PIECE.size)
+    code = FIELD.first + TILE.step * (unit % TILE.units)
+    inside = (unit < TILE.units * TOKENS) & (code < TILE.width)
+    return unit // TILE.units, code, inside
+
+
+@triton.jit
+def base_of(part, batch, latent, TILE: tl.constexpr):
+    """Return where a latent's codes begin."""
+    base = part[0] + batch * part[3] + latent * part[4]
+    if (not TILE.exact) and TILE.unit_bytes == 2:
+        base = base.to(tl.pointer_type(tl.uint16))
+    return base
+
+
+@triton.jit
+def read_units(
+    base,
+    first,
+    left,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    SECTION: tl.constexpr,
+    BY_UNIT: tl.constexpr,
+):
+    """Return the units of a piece from token ``first`` on, of which ``left`` are wanted.
+
+    Their shape is [R, U], or [U, R] with ``BY_UNIT``.
+    """
+    row = tl.expand_dims(tl.arange(0, SECTION.rows), 1 - BY_UNIT) * SECTION.tokens
+    unit = PIECE.offset + tl.expand_dims(tl.arange(0, PIECE.size), static(BY_UNIT))
+    wanted = unit < TILE.units * SECTION.tokens
+    if TILE.whole or SECTION.tokens == 1:
+        wanted = wanted & (row < left)
+    elif TILE.exact:
+        wanted = wanted & (row * TILE.units + unit < left * TILE.units)
+    else:
+        wanted = wanted & (row + unit // TILE.units < left)
+    if TILE.unit_bytes == 3:
+        place = base + (first + row + unit // TILE.units) * (3 * TILE.units) + unit % TILE.units
+        low = tl.load(place, mask=wanted, other=0).to(tl.uint16)
+        middle = tl.load(place + TILE.units, mask=wanted, other=0).to(tl.uint16)
+        high = tl.load(place + 2 * TILE.units, mask=wanted, other=0).to(tl.uint16)
+        found = (low | (middle << 8), middle | (high << 8))
+    else:
+        place = base + first * TILE.units + (row * TILE.units + unit)
+        one = tl.load(place, mask=wanted, other=0)
+        found = (one, one)
+    return found
+
+
+@triton.constexpr_function
+def two_numbers(tile, field):
+    """Return PTX, see :class:`decode_tiles.Tile`."""
+    return tile.two_numbers(field)
+
+
+@triton.jit
+def numbers_of(units, FIELD: tl.constexpr, TILE: tl.constexpr, UPCAST: tl.constexpr):
+    """Return what one field of units stands for: numbers, levels, or codes over CODE."""
+    found = units[FIELD.source]
+    if not TILE.exact:
+        word = found.to(tl.uint16)
+        if not UPCAST:
+            found = tl.inline_asm_elementwise(
+                two_numbers(TILE, FIELD), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:  # the interpreter knows no assembly
+            code = (word >> FIELD.shift) & (TILE.mask << FIELD.position)
+            if TILE.normal:
+                found = (code | ONE_AND_UP).to(tl.float16, bitcast=True) - 1024.0
+                found = found * two_to(-FIELD.position) - TILE.mask / 2
+                found = found * (found * found * TILE.cubic[1] + TILE.cubic[0])
+            else:
+                found = code.to(tl.float16, bitcast=True)
+    if UPCAST:  # and multiplies what numpy knows
+        found = found.to(tl.float32)
+    return found
+
+
+@triton.jit
+def reads_latent(head, latent, TILE: tl.constexpr, SECTION: tl.constexpr):
+    """Return whether a column's head reads a latent of this program."""
+    return (head < SECTION.heads) & (head // (SECTION.heads // TILE.latents) == latent)
+
+
+@triton.jit
+def spread(x, SECTION: tl.constexpr):
+    """Give tokens of rows [R, tokens] their columns [R, N], or one that is broadcast."""
+    if SECTION.tokens > 1 and SECTION.tokens < SECTION.columns:
+        heads: tl.constexpr = static(SECTION.columns // SECTION.tokens)
+        x = tl.broadcast_to(x[:, None, :], [x.shape[0], heads, x.shape[1]])
+        x = tl.reshape(x, scores_shape(SECTION))
+    return x
+
+
+@triton.jit
+def token_scales(
+    part, batch, latent, first, left, block, TILE: tl.constexpr, SECTION: tl.constexpr
+):
+    """Return scale and zero point, in codes, of tokens as :func:`spread` gives them."""
+    inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens
+    inner = inner + tl.arange(0, SECTION.tokens)[None, :]
+    place = batch * part[5] + latent * part[6] + (first + inner) * TILE.blocks + block
+    scale = tl.load(part[1] + place, mask=inner < left, other=1.0).to(tl.float32)
+    scale = spread(scale, SECTION)
+    zero = scale
+    if TILE.has_zero:
+        zero = tl.load(part[2] + place, mask=inner < left, other=0).to(tl.float32)
+        zero = spread(zero * TILE.zero_unit, SECTION)
+    return scale, zero
+
+
+@triton.jit
+def channel_scales(part, batch, latent, first, TERM: tl.constexpr, TILE: tl.constexpr):
+    """Return scale and zero point, in codes, of the dimensions [U] of one field of a piece."""
+    _, code, inside = codes_of_units(piece_of(TILE, TERM), field_of(TILE, TERM), TILE, 1)
+    place = batch * part[5] + latent * part[6] + first // TILE.token_block * TILE.width + code
+    scale = tl.load(part[1] + place, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.load(part[2] + place, mask=inside, other=0).to(tl.float32) * TILE.zero_unit
+    return scale, zero

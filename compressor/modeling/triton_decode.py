@@ -1,0 +1,231 @@
+"""Decoding over latents in few bits on CUDA: what the kernels are given, and how work is split.
+
+A sequence is a few spans of tokens, :mod:`decode_spans`. A span is split among programs, and a
+second kernel joins what they leave. Shapes: b sequences, h query heads, g latents of a part,
+s tokens, k and v widths. Nothing here reads a tensor on the host, and what is allocated depends on
+shapes alone, so that a CUDA graph may hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .decode_cutting import tile, tokens_per_row
+from .decode_kernels import attend, join
+from .decode_settings import LEAST_BLOCKS, Settings, settings_for
+from .decode_spans import PartTokens, Span, exact, spans_of
+from .decode_tiles import EXACT, Section, Tile, power_of_two
+from .packed_latents import PackedLatents
+from .schemes import GROUP_TOKENS, PER_CHANNEL
+
+INTERPRETED = type(attend).__name__ == "InterpretedFunction"
+HALVES = (torch.float16, torch.bfloat16)
+MOST_HEADS = 64  # of one latent, whose queries are held at once
+JOINED_NUMBERS = 8192  # that are joined at a time
+JOINING_WARPS = 8
+
+
+def attend_packed(
+    query: Tensor, key: PackedLatents, value: PackedLatents, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend over packed latents as :func:`decode` does; None where it cannot."""
+    if not can_decode(query, [part.exact for part in (*key.parts, *value.parts)]):
+        return None
+    return decode(query, spans_of(key, value), mask, scaling)
+
+
+def attend_exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend over latents [b, g, s, width] in 16 bits as :func:`decode` does; None if it cannot."""
+    if not can_decode(query, [key, value]):
+        return None
+    return decode(query, [Span(0, key.shape[2], (exact(key),), exact(value))], mask, scaling)
+
+
+def can_decode(query: Tensor, exact_numbers: Sequence[Tensor]) -> bool:
+    """Whether :func:`decode` knows a case: one query in 16 bits, and numbers of its dtype."""
+    groups = min(x.shape[1] for x in exact_numbers)
+    return (
+        query.shape[2] == 1
+        and query.dtype in HALVES
+        and all(x.dtype == query.dtype for x in exact_numbers)
+        and query.shape[1] // groups <= MOST_HEADS
+        and not query.requires_grad
+    )
+
+
+def decode(
+    query: Tensor,
+    spans: Sequence[Span],
+    mask: Tensor | None,
+    scaling: float,
+    *,
+    settings: Settings | None = None,
+) -> Tensor:
+    """Attend with one query for each sequence.
+
+    Args:
+        query: [b, h, 1, k], fp16 or bf16.
+        spans: all tokens; what a sequence has of each part is in few tensors.
+        mask: None, or boolean (True attends) or additive, broadcastable to [b, h, 1, s].
+        scaling: factor of the scores.
+        settings: how work is cut; the table's for these shapes if not given.
+
+    Returns:
+        The output [b, h, 1, v] in the query's dtype; 0 where nothing may be attended to.
+    """
+    b, h, _, k = query.shape
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    groups = min(part.codes.shape[1] for part in spans[0].parts)
+    settings = settings or table_settings(spans, h // groups)
+    shape = (h // groups, groups, k, query.stride(1))
+    main = _most_packed(spans)
+    most = tokens_per_row_of(main, h // groups) * bytes_per_token(main)
+    sections = tuple(_section(span, most, settings.rows, *shape) for span in spans)
+    counts, programs, slots = _counts(spans, sections, b * groups, settings, query.device)
+    width = sections[0].values.width
+    left = torch.empty(b * h * slots * (width + 2), dtype=torch.float32, device=query.device)
+    out, most, norm = left.split([b * h * slots * width, b * h * slots, b * h * slots])
+    kind, mask, mask_b, mask_h = _mask(mask, query)
+    output = torch.empty(b, h, 1, width, dtype=query.dtype, device=query.device)
+    room = power_of_two(width)
+    step = min(power_of_two(slots), max(1, JOINED_NUMBERS // room))
+    sizes = {"WIDTH": width, "ROOM": room, "STEP": step}
+    with torch.cuda.device_of(query):
+        attend[(programs, groups, b)](
+            query,
+            query.stride(0),
+            out,
+            most,
+            norm,
+            mask,
+            mask_b,
+            mask_h,
+            scaling * math.log2(math.e),
+            tuple(tuple(map(_pointers, span.parts)) for span in spans),
+            counts,
+            slots,
+            h,
+            SECTIONS=sections,
+            MASK=kind,
+            UPCAST=INTERPRETED,
+            num_warps=settings.warps,
+            num_stages=settings.stages,
+            maxnreg=settings.registers,
+        )
+        join[(b * h,)](out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS)
+    return output
+
+
+def table_settings(spans: Sequence[Span], heads: int) -> Settings:
+    """Return the table's settings for spans of latents that so many heads share."""
+    main = _most_packed(spans)
+    bits = tuple(part.bits for part in main.parts)
+    return settings_for(bits, tokens_per_row_of(main, heads))
+
+
+def _most_packed(spans: Sequence[Span]) -> Span:
+    return max(spans, key=lambda span: sum(part.form != EXACT for part in span.parts))
+
+
+def _by_channel(span: Span) -> bool:
+    return any(part.form == PER_CHANNEL.name for part in span.parts)
+
+
+def tokens_per_row_of(span: Span, heads: int) -> int:
+    """Return how many latents a row of a span has."""
+    return 1 if _by_channel(span) else tokens_per_row(heads, max(p.width for p in span.parts))
+
+
+def bytes_per_token(span: Span) -> int:
+    """Return the bytes of a token's numbers or codes, of one latent of each part."""
+    return sum(part.codes.shape[3] * part.codes.element_size() for part in span.parts)
+
+
+def _section(  # noqa: PLR0917
+    span: Span, most: int, rows: int, heads: int, groups: int, width: int, stride: int
+) -> Section:
+    """Return how a span is read: rows of at most so many bytes, but for those of one token."""
+    tokens = tokens_per_row_of(span, heads)
+    while tokens > 1 and tokens * bytes_per_token(span) > most:
+        tokens //= 2
+    tiles: list[Tile] = []
+    for part in span.parts:
+        first = sum(tile.width for tile in tiles)
+        tiles.append(_tile(part, tokens, span.tokens, groups, first))
+    rows = GROUP_TOKENS if _by_channel(span) else rows
+    return Section(tuple(tiles[:-1]), tiles[-1], heads, tokens, rows, width, stride)
+
+
+def _tile(part: PartTokens, tokens: int, wanted: int, groups: int, first: int) -> Tile:
+    packed = part.form != EXACT
+    return tile(
+        part.form,
+        part.bits,
+        part.width,
+        tokens=tokens,
+        latents=part.codes.shape[1] // groups,
+        first=first,
+        whole=packed and not part.moved and _has_room(part.codes, -(-wanted // tokens) * tokens),
+        moved=part.moved,
+    )
+
+
+def _has_room(codes: Tensor, tokens: int) -> bool:
+    """Whether there is memory for so many tokens [b, g, tokens, bytes], wanted or not."""
+    before = (codes.shape[0] - 1) * codes.stride(0) + (codes.shape[1] - 1) * codes.stride(1)
+    room = codes.untyped_storage().nbytes() // codes.element_size()
+    return codes.storage_offset() + before + tokens * codes.shape[3] <= room
+
+
+def _counts(
+    spans: Sequence[Span],
+    sections: Sequence[Section],
+    pairs: int,
+    settings: Settings,
+    device: torch.device,
+) -> tuple[tuple[tuple[int, ...], ...], int, int]:
+    """Return what the kernel counts, how many programs a pair has, and how many slots a head."""
+    wanted = max(1, round(multiprocessors(device) * settings.programs / pairs))
+    share = -(-sum(span.tokens for span in spans) // wanted)
+    counts, program, slot = [], 0, 0
+    for span, section in zip(spans, sections, strict=True):
+        blocks = -(-span.tokens // section.block)
+        each = max(LEAST_BLOCKS, -(-share // section.block))
+        firsts = (part.first for part in span.parts)
+        counts.append((span.tokens, span.start, program, slot, each, *firsts))
+        program += -(-blocks // each)
+        slot += -(-blocks // each) * section.tokens
+    return tuple(counts), program, slot
+
+
+def _pointers(part: PartTokens) -> tuple[Tensor | int, ...]:
+    codes = part.codes
+    scale = codes if part.scale is None else part.scale
+    zero = scale if part.zero is None else part.zero
+    strides = (codes.stride(0), codes.stride(1), scale.stride(0), scale.stride(1))
+    return (codes, scale, zero, *strides)
+
+
+def _mask(mask: Tensor | None, query: Tensor) -> tuple[int, Tensor, int, int]:
+    """Return what the kernel does with a mask, the mask, and strides of sequences and heads."""
+    if mask is None:
+        return 0, query, 0, 0
+    mask = mask.expand(*query.shape[:3], mask.shape[-1])
+    mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    kind = 1 if mask.dtype == torch.bool else 2
+    return kind, mask.view(torch.uint8) if kind == 1 else mask, mask.stride(0), mask.stride(1)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

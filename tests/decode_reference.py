@@ -1,0 +1,67 @@
+"""What decoding over latents in few bits must return: dequantised, in float64, without a trick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vdcompress.modeling.decode_spans import PartTokens, Span, exact
+from vdcompress.modeling.quantizer import Packed
+from vdcompress.modeling.quantizers import quantizer
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    spread = torch.rand(shape[-1], generator=draw) * 2
+    return (torch.randn(*shape, generator=draw) * spread + 0.2).to(dtype)
+
+
+def stored(x: Tensor, form: str, bits: int) -> PartTokens:
+    """Return latents [b, g, s, w] as a part in a form."""
+    if form == "exact":
+        return exact(x)
+    return PartTokens(*quantizer(form, bits).quantize(x), form, bits, x.shape[-1])
+
+
+def read(part: PartTokens) -> Tensor:
+    """Return the latents of a part from its first wanted token on, float64."""
+    if part.form == "exact":
+        return part.codes[:, :, part.first :].double()
+    packed = Packed(part.codes, part.scale, part.zero)
+    whole = quantizer(part.form, part.bits).dequantize(packed, part.width)
+    return whole[:, :, part.first :].double()
+
+
+def sides(spans: Sequence[Span], heads: int) -> tuple[Tensor, Tensor]:
+    """Return keys [b, h, s, k] and values [b, h, s, v] of all tokens, float64."""
+    keys, values = [], []
+    for span in spans:
+        if span.tokens:
+            parts = [_of_heads(part, heads, span.tokens) for part in span.parts]
+            keys.append(torch.cat(parts[:-1], dim=-1))
+            values.append(parts[-1])
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+def _of_heads(part: PartTokens, heads: int, tokens: int) -> Tensor:
+    x = read(part)[:, :, :tokens]
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def attended(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: float) -> Tensor:
+    """Return the output [b, h, 1, v] of queries [b, h, 1, k], float64."""
+    keys, values = sides(spans, query.shape[1])
+    scores = query.double() @ keys.mT * scaling
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.double()
+    return scores.softmax(-1) @ values
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the relative error in the Euclidean norm; NaN where anything is not finite."""
+    difference = found.double().cpu() - expected.cpu()
+    return float(difference.norm() / expected.cpu().norm())

@@ -80,24 +80,32 @@ def _levels(quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype
 
 
 def _columns(
-    quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype
+    quantizer: Quantizer, packed: Packed, width: int, scratch: Tensor
 ) -> Iterator[tuple[Tensor, slice]]:
     """Yield levels of some dimensions at a time, and which these are.
 
-    A run of codes that is wide enough is not put beside the others first. Where a latent has
-    several scales the levels are multiplied by them.
+    They lie in ``scratch``, until the next ones. A run of codes that is wide enough is not put
+    beside the others first. Where a latent has several scales the levels are multiplied by them.
     """
     bits, blocks = quantizer.bits, packed.scale.shape[-1]
     if blocks == 1 and width * bits % 8 == 0 and width // codes_per_word(bits) >= NARROWEST:
-        first = 0
-        for run in unpack_runs(packed.codes, bits, width, dtype):
-            yield quantizer.levels(run), slice(first, first + run.shape[-1])
-            first += run.shape[-1]
-        return
-    levels = _levels(quantizer, packed, width, dtype)
-    if blocks > 1:
-        levels.unflatten(-1, (blocks, -1)).mul_(packed.scale.unsqueeze(-1))
-    yield levels, slice(0, width)
+        runs = unpack_runs(packed.codes, bits, width)
+    else:
+        runs = [unpack(packed.codes, bits, width)]
+    first = 0
+    for run in runs:
+        levels = quantizer.levels(scratch[: run.numel()].view(run.shape).copy_(run))
+        if blocks > 1:
+            levels.unflatten(-1, (blocks, -1)).mul_(packed.scale.unsqueeze(-1))
+        yield levels, slice(first, first + run.shape[-1])
+        first += run.shape[-1]
+
+
+def _scratch(quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for the levels of a piece: fresh memory for each would cost more than they."""
+    _, first = next(_pieces(quantizer, packed, width))
+    numbers = first.codes.shape[:3].numel() * width
+    return torch.empty(numbers, dtype=dtype, device=packed.codes.device)
 
 
 def _factors(
@@ -115,8 +123,9 @@ def _scores_by_token(quantizer: Quantizer, packed: Packed, query: Tensor) -> Ten
     scale, zero = _factors(quantizer, packed, dtype)
     blocks = scale.shape[2]
     total = query.new_zeros(*query.shape[:3], packed.codes.shape[2])
+    scratch = _scratch(quantizer, packed, width, dtype)
     for tokens, some in _pieces(quantizer, packed, width):
-        for x, own in _columns(quantizer, some, width, dtype):
+        for x, own in _columns(quantizer, some, width, scratch):
             total[..., tokens] += query[..., own] @ x.mT
     if blocks == 1:
         total *= scale
@@ -131,8 +140,9 @@ def _sum_by_token(quantizer: Quantizer, packed: Packed, weights: Tensor, width: 
     blocks = scale.shape[2]
     scaled = weights * scale if blocks == 1 else weights
     sums = weights.new_zeros(*weights.shape[:3], width)
+    scratch = _scratch(quantizer, packed, width, dtype)
     for tokens, some in _pieces(quantizer, packed, width):
-        for x, own in _columns(quantizer, some, width, dtype):
+        for x, own in _columns(quantizer, some, width, scratch):
             sums[..., own] += scaled[..., tokens] @ x
     if zero is not None:
         taken = (weights @ zero.mT).unsqueeze(-1)

@@ -44,21 +44,20 @@ def unpack(packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8) 
         n: codes per latent.
         dtype: of the result.
     """
-    runs = unpack_runs(packed, bits, n, dtype)
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)[..., :n]
+    runs = unpack_runs(packed, bits, n)
+    codes = runs[0] if len(runs) == 1 else torch.cat(runs, dim=-1)[..., :n]
+    return codes.to(dtype)
 
 
-def unpack_runs(
-    packed: Tensor, bits: int, n: int, dtype: torch.dtype = torch.uint8
-) -> list[Tensor]:
-    """Return the runs that make up the codes of each latent, one after the other.
+def unpack_runs(packed: Tensor, bits: int, n: int) -> list[Tensor]:
+    """Return the runs, uint8, that make up the codes of each latent, one after the other.
 
     Arguments are those of :func:`unpack`; the last runs may hold codes beyond the n-th.
     """
     if packed.shape[-1] != packed_width(n, bits):
         raise ValueError(f"{packed.shape[-1]} bytes do not hold {n} codes of {bits} bits")
     if bits == 8:
-        return [packed.to(dtype)]
+        return [packed]
     runs, mask = codes_per_word(bits), 2**bits - 1
     planes = packed.unflatten(-1, (word_bytes(bits), -1)).unbind(-2)
     found = []
@@ -67,7 +66,7 @@ def unpack_runs(
         code = planes[byte] >> offset if offset else planes[byte]
         if offset + bits > 8:
             code = code | planes[byte + 1] << 8 - offset
-        found.append((code if offset + bits == 8 else code & mask).to(dtype))
+        found.append(code if offset + bits == 8 else code & mask)
     return found
 
 

@@ -25,7 +25,7 @@ import torch
 from laboratory import Layer, LayerMoments, Model, Repair
 from torch import Tensor
 
-from vdcompress.latents import alternation, lowrank, refit, rotary
+from vdcompress.latents import lowrank, refit, rotary
 from vdcompress.latents.keys import KeyMetric
 from vdcompress.latents.values import Latents
 from vdcompress.statistics import LayerStatistics, Moments, QuerySample
@@ -404,13 +404,6 @@ def _regress(x: Tensor, z: Tensor, wanted: Tensor, prior: Tensor, ridge: float) 
     return torch.linalg.solve(damped, cross + pull * prior.flatten()).view_as(prior)
 
 
-def approximately(
-    rounds: int, sample: QuerySample, encoder: Tensor, decoder: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Alternate as the product does."""
-    return alternation.alternate(sample, encoder, decoder, rounds)
-
-
 # ---------------------------------------------------------------- values
 
 
@@ -778,14 +771,10 @@ def repairs() -> list[Candidate]:
                 values(2, "obf", PAIRED),
             ),
         ),
-        (
-            "per head 320/320",
-            "K folded, V per head 40",
-            (folded(8, "n", partial(even, 8, 24)), values(8, "of", PER_HEAD)),
-        ),
     ):
         rows.append(Candidate(name, f"{words}, Fisher, no repair", "repair", build(*edits)))
-        rows += with_repairs(name, f"{words}, Fisher", "repair", *edits)
+        only = ("local",) if name == "2 groups of 128" else tuple(REPAIRED)
+        rows += with_repairs(name, f"{words}, Fisher", "repair", *edits, only=only)
     edit = alternated(partial(uniform, PER_HEAD), False, 2)
     for how, sequential in (("local", False), ("sequential", True)):
         for ridge in (1e-4, 1e-3):
@@ -813,9 +802,6 @@ def alternations() -> list[Candidate]:
         name = f"K24 tokens {rounds} rounds, ridge {ridge:g}"
         rows.append(Candidate(name, words, "alternation", build(edit)))
     rows += with_repairs(name, words, "alternation", edit, only=("local",))
-    edit = folded(8, "m", split, None, partial(approximately, 3))
-    words = "K per head 24: as above, 3 rounds, by the product's conjugate gradients"
-    rows.append(Candidate("K24 tokens 3 rounds, product", words, "alternation", build(edit)))
     return rows
 
 

@@ -222,7 +222,12 @@ def test_left_padding(base: Base, statistics: Statistics, token_windows: Tensor)
         assert generated[row, 20:].tolist() == alone.tolist()
 
 
-def test_padded_batches_with_and_without_a_cache(model: Any, token_windows: Tensor) -> None:
+def test_padded_batches_with_and_without_a_cache(
+    model: Any, plan: Plan, token_windows: Tensor
+) -> None:
+    """What padding holds differs, and tokens in groups of 32 share their scales with it."""
+    if any(layer.k_nope.quantizer == "per_channel" for layer in plan.layers):
+        pytest.skip("scales are shared with padding")
     ids, mask = token_windows[:2, :40].clone(), torch.ones(2, 40, dtype=torch.long)
     mask[1, :9] = 0
     expected = generate(model, ids, attention_mask=mask, use_cache=False).sequences

@@ -1,13 +1,14 @@
-"""Widths and bits from one budget, through the packed cache, beside bits alone: the frontier.
+"""Widths and bits from one budget, beside bits alone: the frontier.
 
     VDCOMPRESS_STANDINS=... python bench/bits_frontier.py pythia-70m-standin
 
 One calibration, nothing trained. ``--kv-budget B --bits auto`` chooses groups, widths and bits of
 every layer and part; the rivals are the original's heads in few bits: our own quantisers in their
 basis, and KIVI's scheme (arXiv 2402.02750: keys per channel over 32 tokens, values per token, in
-the original's basis; reimplemented here for measurement). Bytes are those of 2048 tokens, scales,
-zero points and exact tokens counted. A row is saved as soon as it is there; what the file has is
-not made again.
+the original's basis; reimplemented here for measurement). Latents are rounded as the packed cache
+stores them, without keeping it; ``--through-cache`` writes and reads the cache itself, for the same
+figures in more time. Bytes are those of 2048 tokens, scales, zero points and exact tokens counted.
+A row is saved as soon as it is there; what the file has is not made again.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("model", choices=("llama-32m-standin", "pythia-70m-standin"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=token_sets.WINDOWS)
+    parser.add_argument("--through-cache", action="store_true")
     parser.add_argument("--only", default="", help="keep the rows whose names hold this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -121,11 +123,13 @@ def main() -> None:
 
 def measured(model: Any, texts: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Return the perplexity of each text."""
-    found = {name: evaluate(model, ids, windows=options.windows) for name, ids in texts.items()}
+    way = {"windows": options.windows, "through_cache": options.through_cache}
+    found = {name: evaluate(model, ids, **way) for name, ids in texts.items()}
     return {
+        "through_cache": options.through_cache,
         "texts": {
             name: {"perplexity": q.perplexity, "tokens": q.tokens} for name, q in found.items()
-        }
+        },
     }
 
 

@@ -326,3 +326,11 @@ def test_a_fresh_process_packs_the_same(base: Base, plan: Plan, single: Any, tmp
     config = json.loads((folder / "config.json").read_text())
     assert (config["kv_sinks"], config["kv_window"]) == (plan.sinks, plan.window)
     assert Plan.from_json(json.loads((folder / "vdcompress.json").read_text())["plan"]) == plan
+
+
+def test_evaluation_without_the_cache_is_that_through_it(model: Any, token_windows: Tensor) -> None:
+    through, without = (
+        evaluate(model, token_windows.flatten(), window=40, windows=3, through_cache=way)
+        for way in (True, False)
+    )
+    assert through.perplexity == pytest.approx(without.perplexity, rel=1e-9)

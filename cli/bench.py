@@ -9,9 +9,9 @@ import typer
 
 from vdcompress.cli import options as o
 from vdcompress.cli.drawing import require_writable
+from vdcompress.cli.lists import values, whole
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
-from vdcompress.cli.sweep import values, whole
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.errors import UsageError
 

@@ -67,8 +67,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what cannot be measured."""
-        numbers = (*self.contexts, *self.batches, self.new_tokens, self.repeats)
-        if not self.contexts or not self.batches or min(numbers) < 1 or (self.prefill or 1) < 1:
+        prompt = () if self.prefill is None else (self.prefill,)
+        numbers = (*self.contexts, *self.batches, *prompt, self.new_tokens, self.repeats)
+        if not self.contexts or not self.batches or min(numbers) < 1:
             raise UsageError("contexts, batches and counts are whole numbers above zero")
 
     def prompt(self, context: int) -> int:

@@ -23,8 +23,8 @@ def bench_tables(found: Document) -> list[Table]:
 def bench_legend(found: Document) -> str:
     """Return how to read the figures: what was measured and what not."""
     lines = (
-        f"tokens per second over all sequences, medians of {found['repeats']} rounds, "
-        f"{found['dtype']}; a round decodes {found['new_tokens']} tokens",
+        f"tokens per second over all sequences, {found['dtype']}; "
+        f"rounds: {found['repeats']}, of which medians; each decodes {found['new_tokens']} tokens",
         "x dynamic, x static: times as fast as the base with that cache, in the same round",
         "peak: the weights, and the most memory held beside them while decoding",
         *found["notes"],

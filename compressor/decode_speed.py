@@ -241,8 +241,8 @@ def _cache_argument(model: Any) -> str:
 
 def _now(model: PreTrainedModel) -> float:
     """Return the time when all work given to the device is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
     return time.perf_counter()
 
 

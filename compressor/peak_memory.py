@@ -25,14 +25,16 @@ class PeakMemory:
     """Watches how much memory a device's tensors take above what was held at the start.
 
     On CUDA it is what torch allocated. On CPU it is the process's resident memory, whose peak only
-    Linux lets be set back; elsewhere it is not known.
+    Linux lets be set back; elsewhere, and on other devices, it is not known.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.on_cuda = device.startswith("cuda")
         give_back()
-        self.before = torch.cuda.memory_allocated(device) if self.on_cuda else _resident()
+        self.before = torch.cuda.memory_allocated(device) if self.on_cuda else None
+        if device == "cpu":
+            self.before = _status("VmRSS")
 
     def restart(self) -> None:
         """Forget the peak so far; what is held now stays part of it."""
@@ -48,16 +50,8 @@ class PeakMemory:
         """Return the most bytes held since :meth:`restart` beyond those of the start."""
         if self.before is None:
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) if self.on_cuda else _peak()
+        peak = torch.cuda.max_memory_allocated(self.device) if self.on_cuda else _status("VmHWM")
         return None if peak is None else max(0, peak - self.before)
-
-
-def _resident() -> int | None:
-    return _status("VmRSS")
-
-
-def _peak() -> int | None:
-    return _status("VmHWM")
 
 
 def _status(name: str) -> int | None:

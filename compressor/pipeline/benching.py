@@ -36,6 +36,7 @@ STAGE = "bench"
 COMPRESSED = "compressed"
 LONGEST_PREFILL = 1024
 ROOM = 1.25  # spare room of a growing cache, at most
+ACTIVATIONS = 16  # times the hidden width, that a layer holds of each token of a prompt
 NOISY = 0.25  # of the median, by which rounds may differ before it is told
 RANDOM = (
     "decode is measured behind a cache filled with random numbers, not behind a text that was read"
@@ -277,9 +278,9 @@ def _left_out(bench: Bench, contender: Contender, context: int, batch: int) -> s
     reason = unavailable(contender.kind, contender.model.config)
     if reason:
         return reason
-    needed = needed_bytes(
-        bench.compressed.plan, contender.kind, context, batch, str(bench.work.dtype)
-    )
+    plan, dtype = bench.compressed.plan, str(bench.work.dtype)
+    needed = needed_bytes(plan, contender.kind, context, batch, dtype)
+    needed += prompt_bytes(plan, bench.work.prompt(context), batch, dtype)
     free = free_memory(bench.device)
     if needed <= free:
         return ""
@@ -302,3 +303,15 @@ def needed_bytes(plan: Plan, kind: CacheKind, context: int, batch: int, dtype: s
     if kind is OWN:
         stored = plan.cache_bytes(context, dtype)
     return batch * int(stored * ROOM + 2 * full / plan.shape.layers)
+
+
+def prompt_bytes(plan: Plan, tokens: int, batch: int, dtype: str) -> int:
+    """Estimate the memory of what a layer computes for a prompt.
+
+    Args:
+        plan: of the compressed model.
+        tokens: of each sequence's prompt.
+        batch: sequences.
+        dtype: of the activations.
+    """
+    return batch * tokens * plan.shape.hidden * ACTIVATIONS * DTYPE_BYTES[dtype]

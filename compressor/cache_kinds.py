@@ -11,10 +11,13 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
 from vdcompress.modeling.packed_cache import cache_for
+from vdcompress.plan import DTYPE_BYTES, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+ROOM = 1.25  # spare room of a growing cache, at most
+ACTIVATIONS = 16  # times the hidden width, that a layer holds of each token of a prompt
 STORES = ("keys", "values", "_quantized_keys", "_quantized_values")
 
 
@@ -77,6 +80,36 @@ def stored_nbytes(cache: Any, tokens: int) -> tuple[int, int]:
         room = getattr(layer, "max_cache_len", None)
         stored += held if room is None else held * tokens // room
     return stored, allocated
+
+
+def needed_bytes(plan: Plan, kind: CacheKind, context: int, batch: int, dtype: str) -> int:
+    """Estimate the memory of a cache: what it stores, its spare room, one layer's copy in full.
+
+    Args:
+        plan: of the compressed model.
+        kind: of cache; the stock ones are the base's.
+        context: tokens cached.
+        batch: sequences.
+        dtype: of numbers that are not packed.
+    """
+    number = DTYPE_BYTES[dtype]
+    full = plan.base_bytes_per_token // 2 * number * context
+    stored = full if kind.bits is None else full * kind.bits // (8 * number)
+    if kind is OWN:
+        stored = plan.cache_bytes(context, dtype)
+    return batch * int(stored * ROOM + 2 * full / plan.shape.layers)
+
+
+def prompt_bytes(plan: Plan, tokens: int, batch: int, dtype: str) -> int:
+    """Estimate the memory of what a layer computes for a prompt.
+
+    Args:
+        plan: of the compressed model.
+        tokens: of each sequence's prompt.
+        batch: sequences.
+        dtype: of the activations.
+    """
+    return batch * tokens * plan.shape.hidden * ACTIVATIONS * DTYPE_BYTES[dtype]
 
 
 def _nbytes(held: Any) -> int:

@@ -14,10 +14,10 @@ from test_compare import PNG
 from vdcompress import decode_speed
 from vdcompress.artifact import read_marker
 from vdcompress.bench_report import size
-from vdcompress.cache_kinds import DYNAMIC, OWN, QUANTIZED, STATIC
+from vdcompress.cache_kinds import DYNAMIC, OWN, QUANTIZED, STATIC, needed_bytes, prompt_bytes
 from vdcompress.cli.bench import tokens
 from vdcompress.pipeline.apply import apply_recipe
-from vdcompress.pipeline.benching import Workload, needed_bytes
+from vdcompress.pipeline.benching import Workload
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe
 
@@ -143,6 +143,7 @@ def test_the_estimate_is_above_what_is_stored(tiny_run: Path) -> None:
     own = needed_bytes(plan, OWN, 1000, 4, "bfloat16")
     assert 4 * plan.cache_bytes(1000) < own < needed_bytes(plan, DYNAMIC, 1000, 4, "bfloat16")
     assert needed_bytes(plan, QUANTIZED[0], 1000, 1, "bfloat16") < own
+    assert prompt_bytes(plan, 10, 3, "float32") > 10 * 3 * plan.shape.hidden * 4
 
 
 def test_memory_that_runs_out_stays_in_the_table(

@@ -14,8 +14,9 @@ from vdcompress import decode_speed
 from vdcompress.artifact import Compressed, load_artifact
 from vdcompress.cache_kinds import DYNAMIC, OWN, QUANTIZED, STATIC, CacheKind, stored_nbytes
 from vdcompress.cache_kinds import unavailable as reason_of
-from vdcompress.decode_speed import Contender, Pass, fill, median_peak, ratios, rounds
+from vdcompress.decode_speed import Contender, Pass, fill
 from vdcompress.plan import Plan
+from vdcompress.speed_rounds import median_peak, ratios, rounds, spread
 
 LAYERS, NUMBERS = 2, 2 * 2 * 4 * 16  # of the tiny GPT-NeoX: keys and values of all layers
 FP8 = next(kind for kind in QUANTIZED if kind.name == "fp8")
@@ -220,6 +221,6 @@ def test_ratios_are_of_one_round() -> None:
 
     assert ratios(found, "mine", ("base", "gone", "absent")) == {"base": 2.0}
     assert ratios(found, "gone", ("base",)) == {}
-    assert decode_speed.spread(passes(8, 10, 14)) == pytest.approx(0.6)
+    assert spread(passes(8, 10, 14)) == pytest.approx(0.6)
     assert median_peak([*passes(1, 1, peak=5), *passes(1, peak=9), *passes(1)]) == 5
     assert median_peak(passes(1)) is None

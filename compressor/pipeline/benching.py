@@ -5,38 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vdcompress import decode_speed
 from vdcompress.artifact import Compressed, load_artifact
-from vdcompress.cache_kinds import DYNAMIC, OWN, STATIC, STOCK, unavailable
-from vdcompress.decode_speed import (
-    Contender,
-    Outcome,
-    median_peak,
-    median_speed,
-    ratios,
-    rounds,
-    spread,
-)
+from vdcompress.cache_kinds import OWN, STOCK, needed_bytes, prompt_bytes, unavailable
+from vdcompress.decode_speed import Contender
 from vdcompress.errors import ModelError, UsageError
 from vdcompress.events import OnEvent, Progress, Stopwatch, Warned, ignore
 from vdcompress.load import Base
 from vdcompress.peak_memory import free_memory
+from vdcompress.pipeline.bench_rows import measured, skipped
 from vdcompress.pipeline.document import Timed, document, environment, peak_memory
 from vdcompress.pipeline.opening import open_base_of
-from vdcompress.plan import DTYPE_BYTES, Plan
-
-if TYPE_CHECKING:
-    from vdcompress.cache_kinds import CacheKind
+from vdcompress.speed_rounds import Outcome, rounds
 
 STAGE = "bench"
 COMPRESSED = "compressed"
 LONGEST_PREFILL = 1024
-ROOM = 1.25  # spare room of a growing cache, at most
-ACTIVATIONS = 16  # times the hidden width, that a layer holds of each token of a prompt
 NOISY = 0.25  # of the median, by which rounds may differ before it is told
 RANDOM = (
     "decode is measured behind a cache filled with random numbers, not behind a text that was read"
@@ -176,7 +164,7 @@ def run_bench(bench: Bench) -> Json:
         for done, (batch, context) in enumerate(
             (batch, context) for batch in work.batches for context in work.contexts
         ):
-            bench.rows += _measured(bench, context, batch, done * work.repeats)
+            bench.rows += _rows(bench, context, batch, done * work.repeats)
     bench.complete = True
     _tell_noise(bench)
     return bench.document()
@@ -203,7 +191,7 @@ def require_measured(found: Json) -> None:
         raise ModelError(f"nothing was measured: {reason}", "try a smaller --context or --batch")
 
 
-def _measured(bench: Bench, context: int, batch: int, done: int) -> list[Json]:
+def _rows(bench: Bench, context: int, batch: int, done: int) -> list[Json]:
     """Return the rows of one context and batch; they are there whether or not they have figures."""
     work = bench.work
     left_out = {c.name: _left_out(bench, c, context, batch) for c in bench.contenders}
@@ -231,46 +219,10 @@ def _measured(bench: Bench, context: int, batch: int, done: int) -> list[Json]:
             "batch": batch,
             "prefill_tokens": prompt,
         }
-        rows.append(row | (_skipped(reason) if reason else _figures(contender, prompts, decoded)))
+        name = contender.name
+        figures = skipped(reason) if reason else measured(decoded, prompts, name)
+        rows.append(row | figures)
     return rows
-
-
-def _skipped(reason: str, state: str = "skipped") -> Json:
-    nothing = (
-        "prefill_tokens_per_second",
-        "decode_tokens_per_second",
-        "rounds",
-        "spread",
-        "cache_bytes",
-        "allocated_bytes",
-        "prefill_peak_bytes",
-        "decode_peak_bytes",
-    )
-    return {"state": state, "reason": reason} | dict.fromkeys(nothing) | {"speedup": {}}
-
-
-def _figures(
-    contender: Contender, prompts: dict[str, Outcome], decoded: dict[str, Outcome]
-) -> Json:
-    """Return one contender's medians, and its peaks while it read a prompt and decoded."""
-    prompt, passes = prompts[contender.name], decoded[contender.name]
-    if isinstance(prompt, str):
-        return _skipped(prompt, "failed")
-    if isinstance(passes, str):
-        return _skipped(passes, "failed")
-    return {
-        "state": "done",
-        "reason": None,
-        "prefill_tokens_per_second": median_speed(prompt),
-        "decode_tokens_per_second": median_speed(passes),
-        "rounds": [found.tokens_per_second for found in passes],
-        "spread": spread(passes),
-        "cache_bytes": passes[0].cache_bytes,
-        "allocated_bytes": passes[0].allocated_bytes,
-        "prefill_peak_bytes": median_peak(prompt),
-        "decode_peak_bytes": median_peak(passes),
-        "speedup": ratios(decoded, contender.name, (DYNAMIC.name, STATIC.name)),
-    }
 
 
 def _left_out(bench: Bench, contender: Contender, context: int, batch: int) -> str:
@@ -285,33 +237,3 @@ def _left_out(bench: Bench, contender: Contender, context: int, batch: int) -> s
     if needed <= free:
         return ""
     return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-
-
-def needed_bytes(plan: Plan, kind: CacheKind, context: int, batch: int, dtype: str) -> int:
-    """Estimate the memory of a cache: what it stores, its spare room, one layer's copy in full.
-
-    Args:
-        plan: of the compressed model.
-        kind: of cache; the stock ones are the base's.
-        context: tokens cached.
-        batch: sequences.
-        dtype: of numbers that are not packed.
-    """
-    number = DTYPE_BYTES[dtype]
-    full = plan.base_bytes_per_token // 2 * number * context
-    stored = full if kind.bits is None else full * kind.bits // (8 * number)
-    if kind is OWN:
-        stored = plan.cache_bytes(context, dtype)
-    return batch * int(stored * ROOM + 2 * full / plan.shape.layers)
-
-
-def prompt_bytes(plan: Plan, tokens: int, batch: int, dtype: str) -> int:
-    """Estimate the memory of what a layer computes for a prompt.
-
-    Args:
-        plan: of the compressed model.
-        tokens: of each sequence's prompt.
-        batch: sequences.
-        dtype: of the activations.
-    """
-    return batch * tokens * plan.shape.hidden * ACTIVATIONS * DTYPE_BYTES[dtype]

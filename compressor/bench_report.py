@@ -22,10 +22,13 @@ def bench_tables(found: Document) -> list[Table]:
 
 def bench_legend(found: Document) -> str:
     """Return how to read the figures: what was measured and what not."""
+    prompts = sorted({row["prefill_tokens"] for row in found["rows"]})
+    lengths = " or ".join(f"{tokens:,}" for tokens in prompts)
     lines = (
         f"tokens per second over all sequences, {found['dtype']}; "
         f"rounds: {found['repeats']}, of which medians; each decodes {found['new_tokens']} tokens",
         "x dynamic, x static: times as fast as the base with that cache, in the same round",
+        f"prefill: a prompt of {lengths} tokens, whatever the context",
         "peak: the weights, and the most memory held beside them while decoding",
         *found["notes"],
     )

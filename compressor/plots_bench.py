@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vdcompress.errors import UsageError
-from vdcompress.plots import DPI, MARKERS, png
+from vdcompress.plots import DPI, MARKERS, png, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,12 +42,13 @@ def benchmark(found: Document) -> bytes:
         raise UsageError("nothing was measured: there is nothing to draw", "leave -o out")
     batches = list(dict.fromkeys(row["batch"] for row in done))
     names = list(dict.fromkeys(row["cache"] for row in done))
-    size = (PANEL[0] * len(batches), PANEL[1] * len(PANELS))
+    panels = [panel for panel in PANELS if any(row[panel[0]] is not None for row in done)]
+    size = (PANEL[0] * len(batches), PANEL[1] * len(panels))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots(len(PANELS), len(batches), squeeze=False)
+    axes = figure.subplots(len(panels), len(batches), squeeze=False)
     for column, batch in enumerate(batches):
         rows = [row for row in done if row["batch"] == batch]
-        for line, (key, label, unit) in enumerate(PANELS):
+        for line, (key, label, unit) in enumerate(panels):
             _panel(axes[line][column], rows, names, key, unit)
             axes[line][column].set_ylabel(label)
         axes[0][column].set_title(f"batch {batch}", fontsize=10)
@@ -74,7 +75,7 @@ def _panel(axes: Axes, rows: Sequence[Row], names: Sequence[str], key: str, unit
         )
     contexts = sorted({row["context"] for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    scale(axes.yaxis)
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(**GRID)

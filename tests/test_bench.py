@@ -16,9 +16,11 @@ from vdcompress.artifact import read_marker
 from vdcompress.bench_report import size
 from vdcompress.cache_kinds import DYNAMIC, OWN, QUANTIZED, STATIC, needed_bytes, prompt_bytes
 from vdcompress.cli.bench import tokens
+from vdcompress.errors import UsageError
 from vdcompress.pipeline.apply import apply_recipe
 from vdcompress.pipeline.benching import Workload
 from vdcompress.plan import Plan
+from vdcompress.plots_bench import benchmark
 from vdcompress.recipe import Recipe
 
 SMALL = ("--prefill", "8", "--new-tokens", "2", "--repeats", "2", "--dtype", "float32")
@@ -82,7 +84,15 @@ def test_the_table_and_the_plot(vdcompress: Vdcompress, tiny_run: Path) -> None:
 
     assert ended.code == 0, ended.err
     assert Path("speed.png").read_bytes().startswith(PNG)
-    for words in ("batch 1", "1,024", "compressed", "786.4 kB", "1.0 MB", "random numbers"):
+    for words in (
+        "batch 1",
+        "1,024",
+        "compressed",
+        "786.4 kB",
+        "1.0 MB",
+        "random numbers",
+        "a prompt of 8 tokens",
+    ):
         assert words in ended.out
     assert "drawn in speed.png" in ended.out
     assert "made for 256 tokens" in ended.out
@@ -107,7 +117,7 @@ def test_what_is_no_workload_is_refused(vdcompress: Vdcompress, tiny_run: Path) 
 
 def test_a_workload_of_nothing_is_refused() -> None:
     for wrong in ({"contexts": ()}, {"batches": (0,)}, {"prefill": 0}, {"repeats": 0}):
-        with pytest.raises(Exception, match="above zero"):
+        with pytest.raises(UsageError, match="above zero"):
             Workload(**wrong)  # type: ignore[arg-type]
     assert [Workload().prompt(context) for context in (100, 9999)] == [100, 1024]
     assert [Workload(prefill=2000).prompt(context) for context in (100, 9999)] == [100, 2000]
@@ -196,3 +206,13 @@ def test_sizes_are_read_and_shown() -> None:
     assert [tokens(text) for text in ("1k", "4K", "4096")] == [1024, 4096, 4096]
     sizes = (None, 12, 1000, 10_485_760, 3e12)
     assert [size(value) for value in sizes] == ["-", "12 B", "1.0 kB", "10.5 MB", "3.0 TB"]
+
+
+def test_what_is_not_known_is_not_drawn() -> None:
+    figures = {"decode_tokens_per_second": 5.0, "cache_bytes": 100, "decode_peak_bytes": None}
+    row = {"state": "done", "cache": "dynamic", "context": 64, "batch": 1} | figures
+    missing = row | {"state": "skipped", "decode_tokens_per_second": None}
+
+    assert benchmark({"rows": [row, missing]}).startswith(PNG)
+    with pytest.raises(UsageError, match="nothing to draw"):
+        benchmark({"rows": [missing]})

@@ -12,6 +12,7 @@ COMMANDS = (
     "apply",
     "finetune",
     "evaluate",
+    "bench",
     "compare",
     "export",
     "inspect",

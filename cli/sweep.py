@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from vdcompress.cli import options as o
+from vdcompress.cli.lists import one_of, share, values, whole, whole_or_zero
 from vdcompress.cli.output import Flags, Output
 from vdcompress.cli.session import session
 from vdcompress.cli.values import bits as read_bits
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
-from vdcompress.errors import UsageError, did_you_mean
 from vdcompress.report import Table
 from vdcompress.request import ALLOCATIONS, TARGETS
 
-T = TypeVar("T")
 LISTS = "What, as lists: 320,256"
 
 
@@ -173,57 +172,3 @@ class Rows:
             return "nothing was written", ""
         rows = f"{count} finished row{'s' if count > 1 else ''}"
         return f"{rows} kept in {self.folder}", "the same command again continues"
-
-
-def values(flag: str, text: str | None, read: Callable[[str], T]) -> tuple[T, ...] | None:
-    """Read ``320,256``, each value once; None stays None.
-
-    Raises:
-        UsageError: the list is empty, or a value is not what the flag takes.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise UsageError(f"{flag} {text!r} has an empty place", f"like: {flag} A,B")
-    try:
-        return tuple(dict.fromkeys(read(part) for part in parts))
-    except ValueError as error:
-        raise UsageError(f"{flag} {text!r}: {error}") from error
-
-
-def whole(text: str) -> int:
-    """Read a whole number above zero."""
-    found = whole_or_zero(text)
-    if not found:
-        raise ValueError(f"{text} is not above zero")
-    return found
-
-
-def whole_or_zero(text: str) -> int:
-    """Read a whole number."""
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{text} is not a whole number")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """Read a fraction above 0 and at most 1."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found <= 1:
-        raise ValueError(f"{text} is not a fraction above 0 and at most 1")
-    return found
-
-
-def one_of(choices: tuple[str, ...] | list[str]) -> Callable[[str], str]:
-    """Return what reads one of some words."""
-
-    def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"{text} is not a choice, {did_you_mean(text, choices)}")
-        return text
-
-    return read

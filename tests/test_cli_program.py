@@ -12,7 +12,7 @@ from conftest import Vdcompress
 
 PROGRAM = "import sys; from vdcompress.cli.app import main; main()"
 COMMANDS = (
-    *("apply", "finetune", "evaluate", "export", "inspect"),
+    *("apply", "finetune", "evaluate", "bench", "export", "inspect"),
     *("sweep", "train", "recipes", "demo"),
 )
 

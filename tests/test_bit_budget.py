@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from synthetic import model_gains
+from vdcompress.allocate import predicted_loss
 from vdcompress.bit_budget import Choices, Option, spend, thinned
 from vdcompress.bits import bits_per_token, packed, relative_error
 from vdcompress.gains import LayerGains, LayerRounding
@@ -131,6 +132,14 @@ def test_layers_that_are_alike_have_the_same_widths_and_bits() -> None:
     assert len(seen) == 1
     assert free.loss <= alike.loss
     assert alike.loss == pytest.approx(sum(map(lost, alike.layers, gains)))
+
+
+def test_what_is_predicted_is_what_was_spent_by() -> None:
+    gains = gains_of(TINY)
+    found = spend(TINY, gains, 600, Choices((1, 2), (1, 2), BITS, BITS, BITS))
+    assert found is not None
+    predicted = sum(sum(layer.values()) for layer in predicted_loss(found.layers, gains))
+    assert predicted == pytest.approx(found.loss, rel=1e-9)
 
 
 def test_nothing_fits_a_budget_below_the_narrowest() -> None:

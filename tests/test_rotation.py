@@ -80,6 +80,22 @@ def test_values_are_read_as_before(groups: int, combine: Any) -> None:
     torch.testing.assert_close(outputs(weights), base, **EXACT)  # the folded mean is exact
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_values_are_balanced_by_gradients_where_those_are_known(measured: bool) -> None:
+    """At full width z = v: what is stored and what weighs its errors become one matrix."""
+    problem = make_layer(latents=4).problem
+    if not measured:
+        statistics = replace(problem.statistics, value_gradients=None)
+        problem = replace(problem, statistics=statistics)
+    basis = value_basis(problem, fold(problem, keep_centred(problem)), draw())
+    seen = problem.statistics.value_gradients
+    gram = (problem.o_weight.mT @ problem.o_weight).unflatten(0, (4, -1)).sum(1)
+    reading = gram if seen is None else seen.blocks(4).second
+
+    stored = basis.turn @ problem.values().covariance @ basis.turn.mT
+    torch.testing.assert_close(basis.back.mT @ reading @ basis.back, stored, rtol=1e-6, atol=1e-9)
+
+
 def layout_of(name: str) -> tuple[ModelShape, LayerLayout]:
     four = tuple(range(2))
     if name == "whole heads":

@@ -48,6 +48,9 @@ PYTHIA: Mapping[str, Asked] = {
     "mqa128": {"v_dim": 128, "k_dim": 128, "groups": 1},
     "mqa128-layers": {"v_dim": 128, "k_dim": 128, "groups": 1, **BY_LAYER},
 }
+BITS: Mapping[str, Asked] = {
+    f"bits-{share:g}": {"kv_budget": share, "bits": "auto"} for share in (0.19, 0.145, 0.105, 0.072)
+}
 LLAMA: Mapping[str, Asked] = {
     "kv80": {"v_dim": 80, "k_dim": 80},
     "kv80-layers": {"v_dim": 80, "k_dim": 80, **BY_LAYER},
@@ -68,12 +71,13 @@ GOALS: Mapping[str, tuple[float, float, float]] = {
 
 def main() -> None:
     options = _options()
-    rows = MODELS[options.model]
+    rows = BITS if options.bits else MODELS[options.model]
     names = options.rows.split(",") if options.rows else list(rows)
     trial = trial_of(options)
     base = load(standins.model(options.model), device=options.device)
     starts = Starts.of(base, options.calibration)
-    name = options.name or f"healing-targets-{options.model}{'-long' if options.passes else ''}"
+    kind = "-long" if options.passes else "-bits" if options.bits else ""
+    name = options.name or f"healing-targets-{options.model}{kind}"
     body: dict[str, Any] = {
         "model": options.model,
         "windows": options.windows,
@@ -100,6 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="pythia-70m-standin")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", default="", help="names, with commas; all by default")
+    parser.add_argument("--bits", action="store_true", help="the rows whose latents are rounded")
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--passes", type=int, help="over the whole text, in place of --tokens")
     parser.add_argument("--most", type=int, default=100_000_000, help="tokens of all passes")

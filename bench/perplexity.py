@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 def measure(
     base: Base, model: Any, ids: torch.Tensor, windows: int = token_sets.WINDOWS
 ) -> dict[str, Any]:
-    """Return perplexity of the model (of the base if None), ratio and KL on one text."""
+    """Return perplexity of the model (of the base if None), ratio and KL on one text.
+
+    Packed latents are rounded as their cache would, without keeping one: the same numbers.
+    """
     batch = 4 if base.model.device.type == "cuda" else 1
     if model is None:
         found = evaluate(base.model, ids, windows=windows, batch=batch)
     else:
-        found = evaluate(model, ids, base=base.model, windows=windows, batch=batch)
+        found = evaluate(
+            model, ids, base=base.model, windows=windows, batch=batch, through_cache=False
+        )
     return {
         "perplexity": found.perplexity,
         "ratio": found.ratio,

@@ -116,7 +116,28 @@ COMBINATIONS: dict[str, Trial] = {
         BOTH, 256, before=(replace(LAYERS, batch_size=64), 0.2)
     ),
 }
-EVERY = TRIALS | COMBINATIONS
+THIRD = replace(BOTH, hidden_weight=3.0, schedule="linear")
+BODY = replace(THIRD, train="body", body_rate=1 / 3)
+LAYERS_256 = replace(LAYERS, batch_size=64, schedule="linear")
+SECOND_ROUND: dict[str, Trial] = {
+    "KL + 3 hidden states, length 256, linear": Trial(THIRD, 256),
+    "the same, 10 hidden states": Trial(replace(THIRD, hidden_weight=10.0), 256),
+    "the same, 30 hidden states": Trial(replace(THIRD, hidden_weight=30.0), 256),
+    "the same, body at a third": Trial(BODY, 256),
+    "the same, body at a tenth": Trial(replace(BODY, body_rate=0.1), 256),
+    "the same, 10 hidden states, body at a third": Trial(replace(BODY, hidden_weight=10.0), 256),
+    "the same, lr 1e-3": Trial(replace(THIRD, learning_rate=1e-3), 256),
+    "the same, 10 hidden states, lr 1e-3": Trial(
+        replace(THIRD, hidden_weight=10.0, learning_rate=1e-3), 256
+    ),
+    "the same, 10 hidden states, lr 1e-3, body at a third": Trial(
+        replace(BODY, hidden_weight=10.0, learning_rate=1e-3), 256
+    ),
+    "the same, batch 32": Trial(replace(THIRD, batch_size=32), 256),
+    "layers for a fifth, then the same": Trial(THIRD, 256, before=(LAYERS_256, 0.2)),
+    "layers for two fifths, then the same": Trial(THIRD, 256, before=(LAYERS_256, 0.4)),
+}
+EVERY = TRIALS | COMBINATIONS | SECOND_ROUND
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--passes", type=int, help="over the whole text, in place of --tokens")
     parser.add_argument("--most", type=int, default=100_000_000, help="tokens of all passes")
-    parser.add_argument("--trial", choices=list(healing.TRIALS), default="middle")
+    parser.add_argument("--trial", choices=list(healing.EVERY), default="middle")
     parser.add_argument("--set", default="", help="change its settings: name=value,...")
     parser.add_argument("--length", type=int, help="tokens of a window; that of the trial")
     parser.add_argument("--windows", type=int, default=token_sets.WINDOWS)
@@ -120,7 +120,7 @@ def _options() -> argparse.Namespace:
 
 def trial_of(options: argparse.Namespace) -> Trial:
     """Return how to heal; several epochs share the tokens."""
-    trial = healing.TRIALS[options.trial]
+    trial = healing.EVERY[options.trial]
     settings = replace(trial.settings, **healing.changed(options.set))
     length = options.length or trial.length
     if not options.passes:

@@ -17,14 +17,30 @@ from __future__ import annotations
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as missing:
     raise ImportError("the package triton is not installed") from missing
 
-from .decode_reading import element, length, scores_shape, static
+from .decode_reading import element, length, read_scales, scores_shape, static
 from .decode_scores import masked_scores, part_scores, query_tiles
 from .decode_values import add_values, store_sums, sums_shape, value_scales, values_of
 
 LOWEST = tl.constexpr(-1e30)  # below any score; finite, so that differences are numbers
+
+
+@triton.constexpr_function
+def part_tile(section, index):
+    """Return how a part is read: one of the keys', or after them the values."""
+    return (*section.keys, section.values)[index]
+
+
+@triton.jit
+def _moved(counts, k: tl.constexpr, SECTION: tl.constexpr):
+    """Return the number of a part's first token that is wanted."""
+    first = 0
+    if part_tile(SECTION, k).moved:
+        first = counts[5 + k]
+    return first
 
 
 @triton.jit
@@ -79,22 +95,48 @@ def _attend_section(
                 lost = lost + (tl.zeros(scores_shape(SECTION), tl.float32),)
     most = tl.full([static(SECTION.columns)], LOWEST, tl.float32)
     norm = tl.zeros(scores_shape(SECTION), tl.float32)
+    ahead = ()
+    for k in tl.static_range(length(SECTION.keys) + 1):
+        ahead = ahead + (
+            read_scales(
+                parts[k],
+                batch,
+                group,
+                start + _moved(counts, k, SECTION),
+                stop - start,
+                part_tile(SECTION, k),
+                SECTION,
+            ),
+        )
     for first in tl.range(start, stop, BLOCK):
         left = stop - first
+        now = ahead
+        ahead = ()
+        for k in tl.static_range(length(SECTION.keys) + 1):
+            ahead = ahead + (
+                read_scales(
+                    parts[k],
+                    batch,
+                    group,
+                    first + BLOCK + _moved(counts, k, SECTION),
+                    left - BLOCK,
+                    part_tile(SECTION, k),
+                    SECTION,
+                ),
+            )
         inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens + place[None, :]
         alive = inner < left
         scores = tl.zeros(scores_shape(SECTION), tl.float32)
         for k in tl.static_range(length(SECTION.keys)):
-            at = first
-            if SECTION.keys[k].moved:
-                at = first + counts[5 + k]
             found = part_scores(
                 parts[k],
                 tiles[k],
                 totals[k],
+                now[k][0],
+                now[k][1],
                 batch,
                 group,
-                at,
+                first + _moved(counts, k, SECTION),
                 left,
                 grow,
                 element(SECTION.keys, k),
@@ -105,11 +147,9 @@ def _attend_section(
                 found = found * factor
             scores += found
         scores = masked_scores(scores, mask, mask_h, head, counts[1] + first + inner, alive, MASK)
-        at = first
-        if VALUES.moved:
-            at = first + counts[5 + length(SECTION.keys)]
         values = parts[length(SECTION.keys)]
-        scales, zeros, top = value_scales(values, batch, group, at, left, VALUES, SECTION)
+        stored = now[length(SECTION.keys)]
+        scales, zeros, top = value_scales(stored[0], stored[1], VALUES, SECTION)
         ranked = scores
         if not (VALUES.exact or VALUES.by_channel):
             ranked = scores + ((top.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
@@ -128,7 +168,7 @@ def _attend_section(
             kept,
             batch,
             group,
-            at,
+            first + _moved(counts, length(SECTION.keys), SECTION),
             left,
             VALUES,
             SECTION,
@@ -159,6 +199,7 @@ def attend(
     SECTIONS: tl.constexpr,
     MASK: tl.constexpr,
     UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attend over one split of the tokens: programs are splits x groups x sequences.
 
@@ -180,6 +221,7 @@ def attend(
         SECTIONS: how each section is read.
         MASK: 0 for none.
         UPCAST: multiply in float32.
+        EARLY: the kernel that follows may be launched before this one has ended.
     """
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
@@ -209,13 +251,25 @@ def attend(
                 MASK,
                 UPCAST,
             )
+    if EARLY:
+        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["slots"])
 def join(
-    out, most, norm, output, slots, WIDTH: tl.constexpr, ROOM: tl.constexpr, STEP: tl.constexpr
+    out,
+    most,
+    norm,
+    output,
+    slots,
+    WIDTH: tl.constexpr,
+    ROOM: tl.constexpr,
+    STEP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Join what the programs left: ``output`` [b, h, v], one program for each head."""
+    if EARLY:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, ROOM)
     top = -1e30

@@ -159,28 +159,62 @@ def spread(x, SECTION: tl.constexpr):
     return x
 
 
+@triton.constexpr_function
+def scaled_terms(tile):
+    """Return how many scales a block of tokens has: of blocks, or of products by channel."""
+    if tile.exact:
+        return 0
+    return tile.latents * (len(tile.terms) if tile.by_channel else tile.blocks)
+
+
 @triton.jit
-def token_scales(
-    part, batch, latent, first, left, block, TILE: tl.constexpr, SECTION: tl.constexpr
-):
+def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl.constexpr):
+    """Return scale and zero point of every block of a part as they are stored.
+
+    They are read one step before they are needed, since nothing else hides the time that takes.
+    They follow each other latent by latent, each of them [R, tokens], or [U] by channel.
+    """
+    scales = ()
+    zeros = ()
+    for n in tl.static_range(scaled_terms(TILE)):
+        if TILE.by_channel:
+            number = group * TILE.latents + n // length(TILE.terms)
+            _, code, wanted = codes_of_units(
+                piece_of(TILE, n % length(TILE.terms)),
+                field_of(TILE, n % length(TILE.terms)),
+                TILE,
+                1,
+            )
+            place = first // TILE.token_block * TILE.width + code
+            wanted = wanted & (tl.zeros_like(code) < left)
+        else:
+            number = group * TILE.latents + n // TILE.blocks
+            inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens
+            inner = inner + tl.arange(0, SECTION.tokens)[None, :]
+            place = (first + inner) * TILE.blocks + n % TILE.blocks
+            wanted = inner < left
+        place = batch * part[5] + number * part[6] + place
+        scale = tl.load(part[1] + place, mask=wanted, other=1.0)
+        zero = scale
+        if TILE.has_zero:
+            zero = tl.load(part[2] + place, mask=wanted, other=0)
+        scales = scales + (scale,)
+        zeros = zeros + (zero,)
+    return scales, zeros
+
+
+@triton.jit
+def token_scales(scale, zero, TILE: tl.constexpr, SECTION: tl.constexpr):
     """Return scale and zero point, in codes, of tokens as :func:`spread` gives them."""
-    inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens
-    inner = inner + tl.arange(0, SECTION.tokens)[None, :]
-    place = batch * part[5] + latent * part[6] + (first + inner) * TILE.blocks + block
-    scale = tl.load(part[1] + place, mask=inner < left, other=1.0).to(tl.float32)
-    scale = spread(scale, SECTION)
-    zero = scale
+    scale = spread(scale.to(tl.float32), SECTION)
     if TILE.has_zero:
-        zero = tl.load(part[2] + place, mask=inner < left, other=0).to(tl.float32)
-        zero = spread(zero * TILE.zero_unit, SECTION)
+        zero = spread(zero.to(tl.float32) * TILE.zero_unit, SECTION)
+    else:
+        zero = scale
     return scale, zero
 
 
 @triton.jit
-def channel_scales(part, batch, latent, first, TERM: tl.constexpr, TILE: tl.constexpr):
+def channel_scales(scale, zero, TILE: tl.constexpr):
     """Return scale and zero point, in codes, of the dimensions [U] of one field of a piece."""
-    _, code, inside = codes_of_units(piece_of(TILE, TERM), field_of(TILE, TERM), TILE, 1)
-    place = batch * part[5] + latent * part[6] + first // TILE.token_block * TILE.width + code
-    scale = tl.load(part[1] + place, mask=inside, other=0.0).to(tl.float32)
-    zero = tl.load(part[2] + place, mask=inside, other=0).to(tl.float32) * TILE.zero_unit
-    return scale, zero
+    return scale.to(tl.float32), zero.to(tl.float32) * TILE.zero_unit

@@ -97,6 +97,8 @@ def part_scores(
     part,
     tiles,
     sums,
+    scales,
+    zeros,
     batch,
     group,
     first,
@@ -123,7 +125,11 @@ def part_scores(
                     tile = tiles[latent * length(TILE.terms) + t]
                     field = numbers_of(units[TILE.terms[t][1]], field_of(TILE, t), TILE, UPCAST)
                     if TILE.by_channel:
-                        scale, zero = channel_scales(part, batch, number, first, t, TILE)
+                        scale, zero = channel_scales(
+                            scales[latent * length(TILE.terms) + t],
+                            zeros[latent * length(TILE.terms) + t],
+                            TILE,
+                        )
                         top = tl.maximum(tl.max(scale, 0), 1e-30)
                         scaled = (tile * (scale / top)[:, None]).to(tl.float16)
                         level = tl.broadcast_to(zero[None, :].to(tl.float16), field.shape)
@@ -140,7 +146,12 @@ def part_scores(
             elif TILE.by_channel:
                 total += found * grow
             else:
-                scale, zero = token_scales(part, batch, number, first, left, block, TILE, SECTION)
+                scale, zero = token_scales(
+                    scales[latent * TILE.blocks + block],
+                    zeros[latent * TILE.blocks + block],
+                    TILE,
+                    SECTION,
+                )
                 if TILE.has_zero:
                     found = found * CODE - zero * sums[latent * TILE.blocks + block][None, :]
                 total += found * (scale * grow)

@@ -44,23 +44,24 @@ def sums_shape(tile, term, section):
 
 
 @triton.jit
-def value_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl.constexpr):
+def value_scales(scales, zeros, TILE: tl.constexpr, SECTION: tl.constexpr):
     """Return scales and zero points of every block of the values, and the largest scale."""
-    scales = ()
-    zeros = ()
-    top = 1.0
-    if not (TILE.exact or TILE.by_channel):
-        for latent in tl.static_range(static(TILE.latents)):
-            for block in tl.static_range(static(TILE.blocks)):
-                number = group * TILE.latents + latent
-                scale, zero = token_scales(part, batch, number, first, left, block, TILE, SECTION)
-                scales = scales + (scale,)
-                zeros = zeros + (zero,)
-                if latent + block == 0:
-                    top = scale
-                else:
-                    top = tl.maximum(top, scale)
-    return scales, zeros, top
+    if TILE.exact or TILE.by_channel:
+        top = 1.0
+        wide = scales
+        levels = zeros
+    else:
+        wide = ()
+        levels = ()
+        for n in tl.static_range(length(scales)):
+            scale, zero = token_scales(scales[n], zeros[n], TILE, SECTION)
+            wide = wide + (scale,)
+            levels = levels + (zero,)
+            if n == 0:
+                top = scale
+            else:
+                top = tl.maximum(top, scale)
+    return wide, levels, top
 
 
 @triton.jit
@@ -112,7 +113,11 @@ def add_values(
             own = scaled[TILE.terms[t][0]]
             before = sums[latent * length(TILE.terms) + t] * kept[None, :]
             if TILE.by_channel:
-                scale, zero = channel_scales(part, batch, number, first, t, TILE)
+                scale, zero = channel_scales(
+                    scales[latent * length(TILE.terms) + t],
+                    zeros[latent * length(TILE.terms) + t],
+                    TILE,
+                )
                 added = tl.dot(field, own)
                 added = added * (CODE * two_to(-field_of(TILE, t).position))
                 norm = tl.sum(own.to(tl.float32), 0)

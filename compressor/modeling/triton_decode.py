@@ -96,7 +96,9 @@ def decode(
     output = torch.empty(b, h, 1, width, dtype=query.dtype, device=query.device)
     room = power_of_two(width)
     step = min(power_of_two(slots), max(1, JOINED_NUMBERS // room))
-    sizes = {"WIDTH": width, "ROOM": room, "STEP": step}
+    early = launches_early(query.device)
+    sizes = {"WIDTH": width, "ROOM": room, "STEP": step, "EARLY": early}
+    sizes |= {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(query):
         attend[(programs, groups, b)](
             query,
@@ -115,6 +117,7 @@ def decode(
             SECTIONS=sections,
             MASK=kind,
             UPCAST=INTERPRETED,
+            EARLY=early,
             num_warps=settings.warps,
             num_stages=settings.stages,
             maxnreg=settings.registers,
@@ -221,6 +224,15 @@ def _mask(mask: Tensor | None, query: Tensor) -> tuple[int, Tensor, int, int]:
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     kind = 1 if mask.dtype == torch.bool else 2
     return kind, mask.view(torch.uint8) if kind == 1 else mask, mask.stride(0), mask.stride(1)
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one that it waits for still runs: from Hopper on.
+
+    Programmatic dependent launch, CUDA C++ Programming Guide; it hides the second kernel's launch.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

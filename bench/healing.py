@@ -137,7 +137,23 @@ SECOND_ROUND: dict[str, Trial] = {
     "layers for a fifth, then the same": Trial(THIRD, 256, before=(LAYERS_256, 0.2)),
     "layers for two fifths, then the same": Trial(THIRD, 256, before=(LAYERS_256, 0.4)),
 }
-EVERY = TRIALS | COMBINATIONS | SECOND_ROUND
+BEST = replace(BODY, hidden_weight=10.0, learning_rate=1e-3)
+THIRD_ROUND: dict[str, Trial] = {
+    "KL + 10 hidden states, length 256, linear, lr 1e-3, body at a third": Trial(BEST, 256),
+    "that, batch 32": Trial(replace(BEST, batch_size=32), 256),
+    "that, batch 16": Trial(replace(BEST, batch_size=16), 256),
+    "that, 30 hidden states": Trial(replace(BEST, hidden_weight=30.0), 256),
+    "that, 30 hidden states, batch 32": Trial(
+        replace(BEST, hidden_weight=30.0, batch_size=32), 256
+    ),
+    "that, lr 2e-3": Trial(replace(BEST, learning_rate=2e-3), 256),
+    "that, body at the whole rate": Trial(replace(BEST, body_rate=1.0), 256),
+    "that, embeddings at a thirtieth": Trial(
+        replace(BEST, train="all", embeddings_rate=1 / 30), 256
+    ),
+    "layers for a fifth, then that": Trial(BEST, 256, before=(LAYERS_256, 0.2)),
+}
+EVERY = TRIALS | COMBINATIONS | SECOND_ROUND | THIRD_ROUND
 
 
 def main() -> None:

@@ -21,7 +21,15 @@ try:
 except ImportError as missing:
     raise ImportError("the package triton is not installed") from missing
 
-from .decode_reading import element, length, read_scales, scores_shape, static
+from .decode_reading import (
+    element,
+    fetch_scales,
+    length,
+    read_scales,
+    scaled_terms,
+    scores_shape,
+    static,
+)
 from .decode_scores import masked_scores, part_scores, query_tiles
 from .decode_values import add_values, store_sums, sums_shape, value_scales, values_of
 
@@ -95,48 +103,37 @@ def _attend_section(
                 lost = lost + (tl.zeros(scores_shape(SECTION), tl.float32),)
     most = tl.full([static(SECTION.columns)], LOWEST, tl.float32)
     norm = tl.zeros(scores_shape(SECTION), tl.float32)
-    ahead = ()
-    for k in tl.static_range(length(SECTION.keys) + 1):
-        ahead = ahead + (
-            read_scales(
-                parts[k],
-                batch,
-                group,
-                start + _moved(counts, k, SECTION),
-                stop - start,
-                part_tile(SECTION, k),
-                SECTION,
-            ),
-        )
     for first in tl.range(start, stop, BLOCK):
         left = stop - first
-        now = ahead
-        ahead = ()
-        for k in tl.static_range(length(SECTION.keys) + 1):
-            ahead = ahead + (
-                read_scales(
-                    parts[k],
-                    batch,
-                    group,
-                    first + BLOCK + _moved(counts, k, SECTION),
-                    left - BLOCK,
-                    part_tile(SECTION, k),
-                    SECTION,
-                ),
-            )
+        if not UPCAST:  # the interpreter knows no assembly
+            for k in tl.static_range(length(SECTION.keys) + 1):
+                if scaled_terms(part_tile(SECTION, k)) > 0:
+                    fetch_scales(
+                        parts[k],
+                        batch,
+                        group,
+                        first + BLOCK + _moved(counts, k, SECTION),
+                        stop + _moved(counts, k, SECTION),
+                        part_tile(SECTION, k),
+                        SECTION,
+                    )
         inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens + place[None, :]
         alive = inner < left
         scores = tl.zeros(scores_shape(SECTION), tl.float32)
         for k in tl.static_range(length(SECTION.keys)):
+            at = first + _moved(counts, k, SECTION)
+            stored = read_scales(
+                parts[k], batch, group, at, left, element(SECTION.keys, k), SECTION
+            )
             found = part_scores(
                 parts[k],
                 tiles[k],
                 totals[k],
-                now[k][0],
-                now[k][1],
+                stored[0],
+                stored[1],
                 batch,
                 group,
-                first + _moved(counts, k, SECTION),
+                at,
                 left,
                 grow,
                 element(SECTION.keys, k),
@@ -148,8 +145,9 @@ def _attend_section(
             scores += found
         scores = masked_scores(scores, mask, mask_h, head, counts[1] + first + inner, alive, MASK)
         values = parts[length(SECTION.keys)]
-        stored = now[length(SECTION.keys)]
-        scales, zeros, top = value_scales(stored[0], stored[1], VALUES, SECTION)
+        at = first + _moved(counts, length(SECTION.keys), SECTION)
+        stored_scales, stored_zeros = read_scales(values, batch, group, at, left, VALUES, SECTION)
+        scales, zeros, top = value_scales(stored_scales, stored_zeros, VALUES, SECTION)
         ranked = scores
         if not (VALUES.exact or VALUES.by_channel):
             ranked = scores + ((top.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
@@ -168,7 +166,7 @@ def _attend_section(
             kept,
             batch,
             group,
-            first + _moved(counts, length(SECTION.keys), SECTION),
+            at,
             left,
             VALUES,
             SECTION,

@@ -52,6 +52,23 @@ def _moved(counts, k: tl.constexpr, SECTION: tl.constexpr):
 
 
 @triton.jit
+def _fetch_ahead(parts, counts, batch, group, first, stop, SECTION: tl.constexpr):
+    """Bring the scales of the block from ``first`` on near, of every part that has some."""
+    for k in tl.static_range(length(SECTION.keys) + 1):
+        if scaled_terms(part_tile(SECTION, k)) > 0:
+            moved = _moved(counts, k, SECTION)
+            fetch_scales(
+                parts[k],
+                batch,
+                group,
+                first + moved,
+                stop + moved,
+                part_tile(SECTION, k),
+                SECTION,
+            )
+
+
+@triton.jit
 def _attend_section(
     query,
     out,
@@ -106,17 +123,7 @@ def _attend_section(
     for first in tl.range(start, stop, BLOCK):
         left = stop - first
         if not UPCAST:  # the interpreter knows no assembly
-            for k in tl.static_range(length(SECTION.keys) + 1):
-                if scaled_terms(part_tile(SECTION, k)) > 0:
-                    fetch_scales(
-                        parts[k],
-                        batch,
-                        group,
-                        first + BLOCK + _moved(counts, k, SECTION),
-                        stop + _moved(counts, k, SECTION),
-                        part_tile(SECTION, k),
-                        SECTION,
-                    )
+            _fetch_ahead(parts, counts, batch, group, first + BLOCK, stop, SECTION)
         inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens + place[None, :]
         alive = inner < left
         scores = tl.zeros(scores_shape(SECTION), tl.float32)

@@ -249,10 +249,10 @@ def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl
 
 @triton.jit
 def token_scales(scale, zero, TILE: tl.constexpr, SECTION: tl.constexpr):
-    """Return scale and zero point, in codes, of tokens as :func:`spread` gives them."""
+    """Return scale and zero point, as it is stored, of tokens as :func:`spread` gives them."""
     scale = spread(scale.to(tl.float32), SECTION)
     if TILE.has_zero:
-        zero = spread(zero.to(tl.float32) * TILE.zero_unit, SECTION)
+        zero = spread(zero.to(tl.float32), SECTION)
     else:
         zero = scale
     return scale, zero

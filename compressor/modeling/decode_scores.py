@@ -73,7 +73,10 @@ def query_tiles(
     SECTION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return the tiles of all products with a part, and the sums [N] for each of its scales."""
+    """Return the tiles of all products with a part, and for each of its scales their sums [N].
+
+    A sum is what one unit of a zero point takes from a score.
+    """
     tiles = ()
     sums = ()
     for latent in tl.static_range(static(TILE.latents)):
@@ -88,6 +91,7 @@ def query_tiles(
                     if TILE.terms[t][0] == block:
                         tile = tiles[latent * length(TILE.terms) + t].to(tl.float32)
                         total += tl.sum(tile, 0) * two_to(field_of(TILE, t).position)
+                total = total * TILE.zero_unit
             sums = sums + (total,)
     return tiles, sums
 

@@ -145,7 +145,7 @@ def store_sums(
         for t in tl.static_range(length(TILE.terms)):
             found = sums[latent * length(TILE.terms) + t]
             if TILE.has_zero and not TILE.by_channel:
-                zero = tl.sum(lost[latent * TILE.blocks + TILE.terms[t][0]], 0)
+                zero = tl.sum(lost[latent * TILE.blocks + TILE.terms[t][0]], 0) * TILE.zero_unit
                 code = CODE * two_to(-field_of(TILE, t).position)
                 found = found * code - zero[None, :]
             elif not (TILE.exact or TILE.normal or TILE.by_channel):

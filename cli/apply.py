@@ -99,7 +99,7 @@ def apply(
         int | None,
         typer.Option(
             min=0,
-            help="Newest tokens that stay in 16 bits; 64 below 8 bits.",
+            help="Newest tokens that stay in 16 bits; 64 below 8 bits, 16 with --bits auto.",
             rich_help_panel=o.KEPT,
         ),
     ] = None,

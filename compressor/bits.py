@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vdcompress.request import Request
 
 SINKS, WINDOW = 4, 64  # below 8 bits, where few exact tokens are worth far more than their bytes
+BUDGET_WINDOW = 16  # where a budget chooses bits and pays for it: best of 0, 16 and 64
 SEED, SAMPLE = 0, 4096  # numbers that a quantiser's error is measured on
 AnyPart = TypeVar("AnyPart", bound=Part)
 
@@ -47,11 +48,13 @@ def with_bits(layer: LayerLayout, request: Request, shape: ModelShape) -> LayerL
 def exact_tokens(request: Request) -> tuple[int, int]:
     """Return how many sinks and how many of the newest tokens stay exact.
 
-    A budget that chooses bits spends none on them unless they are asked for.
+    A budget that chooses bits pays for them.
     """
     choices = (request.v_choices, request.k_choices, request.k_rotary_choices)
-    few = request.bits != AUTO and min(bits for found in choices for bits in found) < 8
+    few = min(bits for found in choices for bits in found) < 8
     sinks, window = (SINKS, WINDOW) if few else (0, 0)
+    if request.bits == AUTO:
+        window = min(window, BUDGET_WINDOW)
     return (
         sinks if request.sinks is None else request.sinks,
         window if request.window is None else request.window,

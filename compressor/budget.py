@@ -199,7 +199,8 @@ def _spent_on_bits(shape: ModelShape, request: Request, gains: Gains) -> tuple[L
         sinks=sinks,
         window=window,
     )
-    found = spend(shape, gains, int((request.kv_budget or 0) * whole + 1e-9), choices)
+    size = 8 * int((request.kv_budget or 0) * whole / 8 + 1e-9)  # whole bytes
+    found = spend(shape, gains, size, choices)
     if found is None:
         raise PlanError(
             [f"kv_budget {request.kv_budget:g} is too few bytes for these bits"],

@@ -40,7 +40,7 @@ class Request:
         k_rotary_bits: of the rotary part of K; None is ``k_bits``, but at least 8.
         sinks: first tokens of a sequence that stay in 16 bits; None is 4 where anything has fewer
             than 8 bits.
-        window: newest tokens that stay in 16 bits; None is 64 there.
+        window: newest tokens that stay in 16 bits; None is 64 there, 16 with ``bits`` ``auto``.
         target: ``transformers``, or ``vllm``: one layout for all layers, as many K latents as V
             latents, equally wide.
     """

@@ -17,7 +17,7 @@ from vdcompress.modeling.decode_settings import Settings
 from vdcompress.modeling.triton_decode import table_settings
 
 CUTS = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))  # rows and warps
-STAGES, PROGRAMS, REGISTERS = (2, 3, 4, 5), (2, 3, 4, 6, 8, 12, 16), (None, 168, 128)
+STAGES, PROGRAMS, REGISTERS = (2, 3, 4, 5), (2, 3, 4, 5, 6, 8, 10, 12, 16), (None, 168, 128)
 
 
 def sweep(chosen: list[Case], limit: float, workers: int) -> list[dict[str, Any]]:
@@ -66,8 +66,8 @@ def searched(
 
 def compilable() -> Iterator[Settings]:
     """Yield the cuts that need a kernel of their own and are likely met."""
-    for (rows, warps), stages in itertools.product(CUTS, STAGES[:3]):
-        yield Settings(rows, warps, stages)
+    for (rows, warps), stages, registers in itertools.product(CUTS, STAGES[1:3], REGISTERS):
+        yield Settings(rows, warps, stages, registers=registers)
 
 
 def neighbours(of: Settings) -> Iterator[Settings]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from cells import results
 
+from vdcompress.modeling.schemes import SCHEMES
 from vdcompress.report import Table
 
+PARTS = {"v": "V", "k_nope": "K without RoPE", "k_rotary": "K with RoPE"}
 TEXTS = ("books_dev", "docs_dev")
 
 
@@ -58,7 +60,23 @@ def figures(texts: dict[str, Any]) -> str:
     return " / ".join(f"{texts[name]['perplexity']:.2f}" for name in TEXTS)
 
 
+def quantizers(model: str) -> Table:
+    """Show the divergence that each quantiser adds, by what it packs, its bits and rotation."""
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in results(f"quantizers-chosen-{model}")["rows"]:
+        *latents, part, scheme, bits, turned, _, _ = row["row"].split()
+        kl = sum(text["kl"] for text in row["texts"].values()) / len(row["texts"])
+        where = f"{' '.join(latents)}, {PARTS[part]}"
+        cells.setdefault((where, bits), {})[scheme, turned] = f"{kl:.5f}"
+    ways = [(scheme, turned) for scheme in SCHEMES for turned in ("plain", "rotated")]
+    rows = [(*key, *(found.get(way, "") for way in ways)) for key, found in cells.items()]
+    names = (f"{scheme.replace('_', ' ')}, {turned}" for scheme, turned in ways)
+    return Table("", ("what is packed", "bits", *names), tuple(rows), words=1)
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "bits-pythia": lambda: frontier("pythia-70m-standin"),
     "bits-llama": lambda: frontier("llama-32m-standin"),
+    "quantizers-pythia": lambda: quantizers("pythia-70m-standin"),
+    "quantizers-llama": lambda: quantizers("llama-32m-standin"),
 }

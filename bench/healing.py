@@ -43,12 +43,14 @@ class Trial:
         length: tokens of a window.
         share: of the tokens, how many are different; the rest are further passes.
         before: settings of a first phase, and its part of the tokens.
+        balance: of the documents, as :func:`healing_data.windows` has it.
     """
 
     settings: HealSettings = MIDDLE
     length: int = 1024
     share: float = 1.0
     before: tuple[HealSettings, float] | None = None
+    balance: float = 1.0
 
 
 def _with(**changes: Any) -> Trial:
@@ -152,6 +154,10 @@ THIRD_ROUND: dict[str, Trial] = {
         replace(BEST, train="all", embeddings_rate=1 / 30), 256
     ),
     "layers for a fifth, then that": Trial(BEST, 256, before=(LAYERS_256, 0.2)),
+    "that, batch 32, documents by their root": Trial(
+        replace(BEST, batch_size=32), 256, balance=0.5
+    ),
+    "that, batch 32, every document alike": Trial(replace(BEST, batch_size=32), 256, balance=0.0),
 }
 EVERY = TRIALS | COMBINATIONS | SECOND_ROUND | THIRD_ROUND
 
@@ -204,22 +210,19 @@ def run(starts: Starts, student: Any, trial: Trial, tokens: int) -> Healed:
     if trial.before is not None:
         settings, part = trial.before
         rest -= part
-        once(starts, student, settings, trial.length, part * tokens)
-    settings = trial.settings
-    return once(starts, student, settings, trial.length, rest * trial.share * tokens)
+        once(starts, student, replace(trial, settings=settings), part * tokens)
+    return once(starts, student, trial, rest * trial.share * tokens)
 
 
-def once(
-    starts: Starts, student: Any, settings: HealSettings, length: int, tokens: float
-) -> Healed:
+def once(starts: Starts, student: Any, trial: Trial, tokens: float) -> Healed:
     """Heal a student in place on so many different tokens."""
     with tempfile.TemporaryDirectory() as folder:
         return heal(
             student,
             starts.base.model,
-            healing_data.windows(length, int(tokens / length)),
+            healing_data.windows(trial.length, int(tokens / trial.length), balance=trial.balance),
             healing_data.tokens("validation-1024"),
-            settings,
+            trial.settings,
             checkpoints=Path(folder) / "run",
         )
 

@@ -28,6 +28,8 @@ from vdcompress.load import Base
 from vdcompress.plan import Plan, Start, plan_for
 from vdcompress.request import Request
 
+END = 0  # the token between documents
+
 
 def tokens(name: str) -> Tensor:
     """Return one array of the file, int64."""
@@ -38,14 +40,30 @@ def tokens(name: str) -> Tensor:
         return torch.from_numpy(found[name].astype(np.int64))
 
 
-def windows(length: int, count: int | None = None, seed: int = 0) -> Tensor:
-    """Return windows [count, length] from all over the training text; None for all of it."""
+def windows(length: int, count: int | None = None, seed: int = 0, balance: float = 1.0) -> Tensor:
+    """Return windows [count, length] from all over the training text; None for all of it.
+
+    A document is worth its length to the power of ``balance``, shared by its windows; with 1 every
+    window is worth the same, with less those of short documents may come more than once.
+    """
     stream = tokens("train")
     whole = stream[: len(stream) // length * length].view(-1, length)
     if count is None:
         return whole
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
-    return whole[order[:count]]
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(whole), generator=draw)
+    worth = document_lengths(stream)[::length][: len(whole)].double().pow(balance - 1.0)[order]
+    edges = worth.cumsum(0) * (count / worth.sum())
+    chosen = torch.searchsorted(edges, torch.arange(count, dtype=edges.dtype) + 0.5)
+    return whole[order[chosen]][torch.randperm(count, generator=draw)]
+
+
+def document_lengths(stream: Tensor) -> Tensor:
+    """Return for each token how many its document has; documents end with the token 0."""
+    ends = torch.cat([(stream == END).nonzero().flatten(), torch.tensor([len(stream) - 1])])
+    ends = ends.unique()
+    sizes = ends.diff(prepend=torch.tensor([-1]))
+    return sizes.repeat_interleave(sizes)
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def ways(trial: Trial, options: argparse.Namespace) -> dict[str, Any]:
         "settings": asdict(trial.settings),
         "before": before,
         "length": trial.length,
+        "balance": trial.balance,
         "tokens": None if options.passes else options.tokens,
         "passes": options.passes,
     }
@@ -179,7 +180,7 @@ def _heal(starts: Starts, student: Any, trial: Trial, options: argparse.Namespac
     if trial.before is not None:
         raise SystemExit("whole passes are made in one phase")
     whole = len(healing_data.tokens("train"))
-    return healing.once(starts, student, trial.settings, trial.length, whole)
+    return healing.once(starts, student, trial, whole)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ def test_values_are_read_as_before(groups: int, combine: Any) -> None:
 
 @pytest.mark.parametrize("measured", [True, False])
 def test_values_are_balanced_by_gradients_where_those_are_known(measured: bool) -> None:
-    """At full width z = v: what is stored and what weighs its errors become one matrix."""
+    """At full width z = v: what is stored and what weighs its errors become one, but for scale."""
     problem = make_layer(latents=4).problem
     if not measured:
         statistics = replace(problem.statistics, value_gradients=None)
@@ -93,7 +93,15 @@ def test_values_are_balanced_by_gradients_where_those_are_known(measured: bool) 
     reading = gram if seen is None else seen.blocks(4).second
 
     stored = basis.turn @ problem.values().covariance @ basis.turn.mT
-    torch.testing.assert_close(basis.back.mT @ reading @ basis.back, stored, rtol=1e-6, atol=1e-9)
+    weighed = basis.back.mT @ reading @ basis.back
+    by_trace = [found / trace(found) for found in (weighed, stored)]
+    torch.testing.assert_close(*by_trace, rtol=1e-6, atol=1e-9)
+    volume = torch.linalg.det(basis.turn).abs()
+    torch.testing.assert_close(volume, torch.ones_like(volume))
+
+
+def trace(found: torch.Tensor) -> torch.Tensor:
+    return found.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
 def layout_of(name: str) -> tuple[ModelShape, LayerLayout]:

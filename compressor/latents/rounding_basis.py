@@ -37,7 +37,7 @@ def value_basis(problem: ValueProblem, weights: ValueWeights, generator: torch.G
     else:
         read = weights.o_weight.unflatten(1, (len(problem.o_weight), -1)).transpose(0, 1)
     spread = encoder @ problem.values().covariance @ encoder.mT
-    return _rotated(*balance(spread, _value_reading(problem, read)), generator)
+    return _of_unit_volume(_rotated(*balance(spread, _value_reading(problem, read)), generator))
 
 
 def _value_reading(problem: ValueProblem, read: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _nope_basis(
     stacked = decoder.unflatten(0, (-1, problem.sharing)).mean(1)
     stacked = stacked.unflatten(0, (problem.groups, -1)).flatten(1, 2)  # D [g, n', r]
     turned = balance(encoder @ spread @ encoder.mT, stacked.mT @ reading @ stacked)
-    return _rotated(*turned, generator)
+    return _of_unit_volume(_rotated(*turned, generator))
 
 
 def _rotary_basis(
@@ -125,7 +125,7 @@ def _rotary_basis(
         found = balance(e @ spread[:, frequency] @ e.mH, d.mH @ reading[:, frequency] @ d)
         one = _rotated(*found, generator)
         turn[:, rows[:, None], rows], back[:, rows[:, None], rows] = one.turn, one.back
-    return Basis(_real(turn), _real(back))
+    return _of_unit_volume(Basis(_real(turn), _real(back)))
 
 
 def _complex_maps(problem: KeyProblem, weights: KeyWeights) -> tuple[Tensor, Tensor]:
@@ -158,6 +158,16 @@ def _places(part: RotaryPart, frequency: int) -> Tensor:
 def _rotated(turn: Tensor, back: Tensor, generator: torch.Generator) -> Basis:
     mix = rotation(turn.shape[-1], generator).to(turn)
     return Basis(mix @ turn, back @ mix.mT)
+
+
+def _of_unit_volume(basis: Basis) -> Basis:
+    """Return a basis scaled as a whole, so that weights in it are about as large as they were.
+
+    Quantisers do not mind: their steps follow the numbers. The steps of an optimiser do not.
+    """
+    volume = torch.linalg.slogdet(basis.turn).logabsdet / basis.turn.shape[-1]
+    scale = volume.exp()[..., None, None]
+    return Basis(basis.turn / scale, basis.back * scale)
 
 
 def _same(problem: KeyProblem, width: int) -> Basis:

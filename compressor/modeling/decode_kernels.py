@@ -21,15 +21,7 @@ try:
 except ImportError as missing:
     raise ImportError("the package triton is not installed") from missing
 
-from .decode_reading import (
-    element,
-    fetch_scales,
-    length,
-    read_scales,
-    scaled_terms,
-    scores_shape,
-    static,
-)
+from .decode_reading import element, length, read_scales, scores_shape, static
 from .decode_scores import masked_scores, part_scores, query_tiles
 from .decode_values import add_values, store_sums, sums_shape, value_scales, values_of
 
@@ -52,24 +44,19 @@ def _moved(counts, k: tl.constexpr, SECTION: tl.constexpr):
 
 
 @triton.jit
-def _fetch_ahead(parts, counts, batch, group, first, stop, SECTION: tl.constexpr):
-    """Bring the scales of the block from ``first`` on near, of every part that has some."""
+def _scales(parts, counts, batch, group, first, left, SECTION: tl.constexpr):
+    """Return the scales and zero points of a block of every part."""
+    found = ()
     for k in tl.static_range(length(SECTION.keys) + 1):
-        if scaled_terms(part_tile(SECTION, k)) > 0:
-            moved = _moved(counts, k, SECTION)
-            fetch_scales(
-                parts[k],
-                batch,
-                group,
-                first + moved,
-                stop + moved,
-                part_tile(SECTION, k),
-                SECTION,
-            )
+        at = first + _moved(counts, k, SECTION)
+        found = found + (
+            read_scales(parts[k], batch, group, at, left, part_tile(SECTION, k), SECTION),
+        )
+    return found
 
 
 @triton.jit
-def _attend_section(
+def _attend_section(  # noqa: PLR0912
     query,
     out,
     most_out,
@@ -120,27 +107,29 @@ def _attend_section(
                 lost = lost + (tl.zeros(scores_shape(SECTION), tl.float32),)
     most = tl.full([static(SECTION.columns)], LOWEST, tl.float32)
     norm = tl.zeros(scores_shape(SECTION), tl.float32)
+    ahead = ()
+    if SECTION.tokens == 1:
+        ahead = _scales(parts, counts, batch, group, start, stop - start, SECTION)
     for first in tl.range(start, stop, BLOCK):
         left = stop - first
-        if not UPCAST:  # the interpreter knows no assembly
-            _fetch_ahead(parts, counts, batch, group, first + BLOCK, stop, SECTION)
+        if SECTION.tokens == 1:  # few bytes at a time, which Triton does not read ahead
+            now = ahead
+            ahead = _scales(parts, counts, batch, group, first + BLOCK, left - BLOCK, SECTION)
+        else:
+            now = _scales(parts, counts, batch, group, first, left, SECTION)
         inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens + place[None, :]
         alive = inner < left
         scores = tl.zeros(scores_shape(SECTION), tl.float32)
         for k in tl.static_range(length(SECTION.keys)):
-            at = first + _moved(counts, k, SECTION)
-            stored = read_scales(
-                parts[k], batch, group, at, left, element(SECTION.keys, k), SECTION
-            )
             found = part_scores(
                 parts[k],
                 tiles[k],
                 totals[k],
-                stored[0],
-                stored[1],
+                now[k][0],
+                now[k][1],
                 batch,
                 group,
-                at,
+                first + _moved(counts, k, SECTION),
                 left,
                 grow,
                 element(SECTION.keys, k),
@@ -152,9 +141,8 @@ def _attend_section(
             scores += found
         scores = masked_scores(scores, mask, mask_h, head, counts[1] + first + inner, alive, MASK)
         values = parts[length(SECTION.keys)]
-        at = first + _moved(counts, length(SECTION.keys), SECTION)
-        stored_scales, stored_zeros = read_scales(values, batch, group, at, left, VALUES, SECTION)
-        scales, zeros, top = value_scales(stored_scales, stored_zeros, VALUES, SECTION)
+        stored = now[length(SECTION.keys)]
+        scales, zeros, top = value_scales(stored[0], stored[1], VALUES, SECTION)
         ranked = scores
         if not (VALUES.exact or VALUES.by_channel):
             ranked = scores + ((top.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
@@ -173,7 +161,7 @@ def _attend_section(
             kept,
             batch,
             group,
-            at,
+            first + _moved(counts, length(SECTION.keys), SECTION),
             left,
             VALUES,
             SECTION,

@@ -53,12 +53,6 @@ def field_of(tile, term):
 
 
 @triton.constexpr_function
-def power_of_two(n):
-    """Return the least power of two that is not below ``n``."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-@triton.constexpr_function
 def two_to(n):
     """Return two to the power of ``n``, which may be negative."""
     return 2.0**n
@@ -173,46 +167,6 @@ def scaled_terms(tile):
     return tile.latents * (len(tile.terms) if tile.by_channel else tile.blocks)
 
 
-@triton.constexpr_function
-def tokens_of_sector(tile):
-    """Return of how many tokens the scales lie in 32 bytes, a power of two."""
-    return 1 << (16 // tile.blocks).bit_length() - 1
-
-
-@triton.jit
-def fetch_scales(part, batch, group, first, stop, TILE: tl.constexpr, SECTION: tl.constexpr):
-    """Bring the scales and zero points of the tokens from ``first`` on into the cache.
-
-    They are few bytes that nothing else asks for early: without this a block waits for memory once
-    for each part, and carried from block to block they fill a program's registers.
-    """
-    for latent in tl.static_range(static(TILE.latents)):
-        base = batch * part[5] + (group * TILE.latents + latent) * part[6]
-        if TILE.by_channel:
-            code = tl.arange(0, power_of_two(static(TILE.width)))
-            row = tl.minimum(first, stop - 1) // TILE.token_block
-            place = row * TILE.width + tl.minimum(code, TILE.width - 1)
-        else:
-            steps: tl.constexpr = static(SECTION.block // tokens_of_sector(TILE))
-            token = first + tl.arange(0, steps) * tokens_of_sector(TILE)
-            place = tl.minimum(token, stop - 1) * TILE.blocks
-        _fetch(part[1] + base + place)
-        if TILE.has_zero:
-            _fetch(part[2] + base + place)
-
-
-@triton.jit
-def _fetch(where):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [where],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit
 def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl.constexpr):
     """Return scale and zero point of every block of a part as they are stored.
@@ -231,6 +185,7 @@ def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl
                 1,
             )
             place = first // TILE.token_block * TILE.width + code
+            wanted = wanted & (tl.zeros_like(code) < left)
         else:
             number = group * TILE.latents + n // TILE.blocks
             inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens

@@ -55,6 +55,8 @@ def value_scales(scales, zeros, TILE: tl.constexpr, SECTION: tl.constexpr):
         levels = ()
         for n in tl.static_range(length(scales)):
             scale, zero = token_scales(scales[n], zeros[n], TILE, SECTION)
+            if TILE.has_zero:  # Triton reads ahead only what a product depends on
+                scale = scale + zero * 0.0
             wide = wide + (scale,)
             levels = levels + (zero,)
             if n == 0:

@@ -108,11 +108,11 @@ def _attend_section(  # noqa: PLR0912
     most = tl.full([static(SECTION.columns)], LOWEST, tl.float32)
     norm = tl.zeros(scores_shape(SECTION), tl.float32)
     ahead = ()
-    if SECTION.tokens == 1:
+    if SECTION.scales_ahead:
         ahead = _scales(parts, counts, batch, group, start, stop - start, SECTION)
     for first in tl.range(start, stop, BLOCK):
         left = stop - first
-        if SECTION.tokens == 1:  # few bytes at a time, which Triton does not read ahead
+        if SECTION.scales_ahead:
             now = ahead
             ahead = _scales(parts, counts, batch, group, first + BLOCK, left - BLOCK, SECTION)
         else:

@@ -25,18 +25,23 @@ class Settings:
 
 
 LEAST_BLOCKS = 4  # of a program
-# by the most bits of a part, and whether a row holds more than one latent
+# by the most bits of a part, and how many latents a row holds
 TABLE = {
-    (16, True): Settings(16, 1, 3, 4),
-    (8, True): Settings(16, 1, 3, 8),
-    (4, True): Settings(16, 1, 4, 8),
-    (3, True): Settings(32, 2, 3, 4),
-    (2, True): Settings(16, 1, 4, 8),
-    (16, False): Settings(32, 2, 3, 4),
-    (8, False): Settings(32, 2, 3, 6),
-    (4, False): Settings(32, 2, 4, 6),
-    (3, False): Settings(32, 2, 3, 6),
-    (2, False): Settings(32, 2, 4, 6),
+    (16, 8): Settings(16, 1, 3, 4),
+    (8, 8): Settings(16, 1, 4, 4),
+    (4, 8): Settings(16, 1, 3, 8),
+    (3, 8): Settings(32, 2, 3, 4),
+    (2, 8): Settings(16, 1, 4, 8),
+    (16, 2): Settings(16, 1, 3, 4),
+    (8, 2): Settings(64, 2, 3, 4),
+    (4, 2): Settings(64, 2, 3, 4),
+    (3, 2): Settings(64, 2, 3, 4),
+    (2, 2): Settings(64, 2, 3, 4),
+    (16, 1): Settings(32, 2, 3, 4),
+    (8, 1): Settings(32, 1, 3, 8),
+    (4, 1): Settings(32, 1, 3, 8),
+    (3, 1): Settings(32, 1, 3, 8),
+    (2, 1): Settings(32, 1, 3, 8),
 }
 
 
@@ -47,6 +52,7 @@ def settings_for(bits: tuple[int, ...], tokens: int) -> Settings:
         bits: of each part's numbers.
         tokens: latents of a row.
     """
-    known = [key for key, _ in TABLE]
+    known = sorted({key for key, _ in TABLE})
     most = min(each for each in known if each >= min(max(bits), max(known)))
-    return TABLE[most, tokens > 1]
+    room = max(each for _, each in TABLE if each <= tokens)
+    return TABLE[most, room]

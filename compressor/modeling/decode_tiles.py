@@ -187,6 +187,15 @@ class Section:
         return self.rows * self.tokens
 
     @property
+    def scales_ahead(self) -> bool:
+        """Whether scales are held from one block to the next.
+
+        Triton reads ahead by itself what is at least 4 bytes side by side, as the zero points of
+        that many latents are.
+        """
+        return self.tokens < 4
+
+    @property
     def query_room(self) -> int:
         """The least power of two that holds a query."""
         return power_of_two(self.query_width)

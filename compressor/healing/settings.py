@@ -41,8 +41,8 @@ class HealSettings:
         kl_weight: weight of KL(base || student) when distilling.
         ce_weight: weight of the cross-entropy when distilling.
         hidden_weight: weight of the squared error of the hidden states after each layer, in units
-            of the base's variance there, averaged over layers. None is 10 where there are states
-            to compare: when distilling outputs, and not from ``teacher_top_k``.
+            of the base's variance there over a forward pass, averaged over layers. None is 10 where
+            there are states to compare: when distilling outputs, and not from ``teacher_top_k``.
         temperature: divides both logits in KL, whose weight is multiplied by its square.
         teacher_top_k: compute the base's likeliest so many tokens once, keep them on disk, and
             distil from them; None runs the base beside the student in every step.

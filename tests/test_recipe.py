@@ -79,7 +79,8 @@ def test_a_long_finetune_is_the_default_with_more_tokens() -> None:
     assert found.model_copy(update={"heal": own.heal}) == own
     settings = heal_settings(found)
     settings.validate()
-    assert settings == HealSettings(epochs=7, batch_size=64, max_steps=6250, save_steps=1000)
+    longer = HealSettings(epochs=7, batch_size=64, max_steps=6250, save_steps=1000)
+    assert settings == longer.settled()
     heal = found.heal
     assert heal.seq_len == HealSection().seq_len
     assert heal.samples == settings.steps_per_epoch(heal.samples) * settings.batch_size

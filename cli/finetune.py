@@ -41,7 +41,9 @@ def finetune(
     ] = None,
     train: Annotated[
         o.Train | None,
-        typer.Option(rich_help_panel=o.HEALING, help="Which weights learn."),
+        typer.Option(
+            rich_help_panel=o.HEALING, help="Which weights learn; body is all but the embeddings."
+        ),
     ] = None,
     epochs: o.Epochs = None,
     patience: o.Patience = None,
@@ -116,6 +118,7 @@ def finetune(
 ) -> None:
     """Heal a run with a short finetune.
 
+    It spends about 10M tokens, --recipe long ten times as many.
     The result is a new run beside it, with its curves drawn in curves.png.
     Ctrl-C keeps the checkpoints, --resume continues from them.
 

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 @recipes_app.callback()
 def recipes(context: typer.Context, json: o.Json = False) -> None:
-    """List the recipes that come with vdcompress; use one with: apply --recipe NAME."""
+    """List the recipes that come with vdcompress; use one with: --recipe NAME."""
     if context.invoked_subcommand:
         return
     with session(Flags(json)) as out:

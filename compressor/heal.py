@@ -49,6 +49,7 @@ class Healed:
     """What a finetune did.
 
     Attributes:
+        settings: by which it trained, what they had left open included.
         history: the epochs, the first one is number 1.
         best_epoch: the epoch whose weights the student has now; 0 is the start.
         seconds: over all calls of a resumed run, up to the checkpoints that it went on from.
@@ -57,6 +58,7 @@ class Healed:
         best_val_ppl: the lowest, that of the student as it is now.
     """
 
+    settings: HealSettings
     history: tuple[EpochEnded, ...]
     best_epoch: int
     seconds: float
@@ -113,7 +115,7 @@ def heal(
     from vdcompress.healing.trainer import HealTrainer
 
     started = time.perf_counter()
-    settings = settings or HealSettings()
+    settings = (settings or HealSettings()).settled()
     _check(student, teacher, settings, report_to)
     training, measuring = windows_of(train, "training"), windows_of(validation, "validation")
     divided(settings, len(training), processes.count())
@@ -149,6 +151,7 @@ def heal(
         record = _run(trainer, last)
     trainer.restore_best(student)
     return Healed(
+        settings=settings,
         history=tuple(EpochEnded(**epoch) for epoch in record.history),
         best_epoch=record.best_epoch,
         seconds=trainer.clock.seconds,
@@ -237,7 +240,7 @@ def _beside_its_teacher(
         ce=settings.ce_weight if settings.distill else 1.0,
         temperature=settings.temperature,
         chunk=settings.chunk_tokens,
-        hidden=settings.hidden_weight,
+        hidden=settings.hidden,
         layers=settings.target == "layers",
     )
     training = teacher is not None and teacher.training

@@ -111,7 +111,7 @@ class TrainingSection(Section):
     target: Target = HealSettings.target
     kl_weight: Weight = HealSettings.kl_weight
     ce_weight: Weight = HealSettings.ce_weight
-    hidden_weight: Weight = HealSettings.hidden_weight
+    hidden_weight: Weight | None = HealSettings.hidden_weight
     temperature: Positive = HealSettings.temperature
     teacher_top_k: Count | None = HealSettings.teacher_top_k
     schedule: Schedule = HealSettings.schedule
@@ -135,7 +135,7 @@ class HealSection(TrainingSection):
     data: str | None = None
     samples: Count = 10_000
     validation_samples: Count = 500
-    seq_len: Annotated[int, Field(ge=2)] = 128
+    seq_len: Annotated[int, Field(ge=2)] = 256
     report_to: tuple[str, ...] = ()
 
 

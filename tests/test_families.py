@@ -157,6 +157,30 @@ def test_rewriting_is_repeatable(base: Base, plan: Plan, model: Any, statistics:
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
+# The states between layers, which a finetune compares with the base's.
+
+
+def test_states_after_each_layer_are_the_bases_at_full_width(
+    base: Base, model: Any, statistics: Statistics, token_windows: Tensor
+) -> None:
+    ids = token_windows[:2]
+    full = rewrite(base, make_plan(base.shape, v_dim=base.shape.kv_dim), statistics)
+    expected = states(base.model, ids)
+    assert len(expected) == base.shape.layers + 1
+    assert expected[-1].equal(base.model.base_model(ids).last_hidden_state)
+    for found, wanted in zip(states(full, ids), expected, strict=True):
+        torch.testing.assert_close(found, wanted, **CLOSE)
+    apart = [(a - b).abs().max() for a, b in zip(states(model, ids), expected, strict=True)]
+    assert apart[0] == 0
+    assert min(apart[1:]) > 0.01
+
+
+def states(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        found: tuple[Tensor, ...] = model.base_model(ids, output_hidden_states=True).hidden_states
+    return found
+
+
 # The cache.
 
 

@@ -95,12 +95,59 @@ def test_every_setting_of_the_command_line_arrives(vdcompress: Vdcompress, tiny_
 
 
 @pytest.mark.parametrize(
+    ("heal", "flags", "weight"),
+    [
+        ("{}", (), 10.0),
+        ("{}", ("--no-distill",), 0.0),
+        ("{teacher_top_k: 4}", (), 0.0),
+        ("{hidden_weight: 0.5}", (), 0.5),
+    ],
+)
+def test_the_results_say_how_it_was_healed(
+    vdcompress: Vdcompress, tiny_run: Path, heal: str, flags: tuple[str, ...], weight: float
+) -> None:
+    written(f"heal: {heal}")
+
+    ended = vdcompress("finetune", tiny_run, *HEAL, *flags, "--recipe", "mine.yaml", "-o", "r")
+
+    assert ended.code == 0, ended.err
+    healing = json.loads(Path("r/results.json").read_text())["healing"]
+    assert healing["settings"]["hidden_weight"] == weight
+    assert healing["settings"]["distill"] == (not flags)
+    assert healing["settings"]["epochs"] == 2
+
+
+def test_a_healed_run_can_be_healed_in_another_way(vdcompress: Vdcompress, tiny_run: Path) -> None:
+    assert vdcompress("finetune", tiny_run, *HEAL, "-o", "r").code == 0
+
+    ended = vdcompress("finetune", "r", "--no-distill", "-o", "again")
+
+    assert ended.code == 0, ended.err
+
+
+def test_a_long_finetune_takes_the_model_of_the_run(vdcompress: Vdcompress, tiny_run: Path) -> None:
+    ended = vdcompress("finetune", tiny_run, "--recipe", "long", "--seq-len", "32", "-o", "r")
+
+    assert ended.code == 0, ended.err
+    own, found = (
+        yaml.safe_load((run / "recipe.yaml").read_text()) for run in (tiny_run, Path("r"))
+    )
+    assert {**found, "heal": 0} == {**own, "heal": 0}
+    assert found["heal"]["samples"] == 400_000
+    assert "sequences for training, not 400,000" in ended.err
+    settings = json.loads(Path("r/results.json").read_text())["healing"]["settings"]
+    assert (settings["batch_size"], settings["epochs"]) == (64, 7)
+    assert settings["hidden_weight"] == 10.0
+
+
+@pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
         (("--recipe", "nothing"), 3, "no recipe 'nothing'"),
         (("--report-to", "tensorbord"), 2, "did you mean 'tensorboard'?"),
         (("--micro-batch", "3", "--batch-size", "4"), 2, "multiple of micro_batch"),
         (("--epochs", "31"), 2, "epochs must be at most 30"),
+        (("--recipe", "named.yaml", "--no-distill"), 2, "hidden_weight"),
         (("--resume", "--recipe", "demo"), 2, "not with --recipe"),
         (("--resume", "--report-to", "wandb"), 2, "not with --report-to"),
     ],
@@ -108,8 +155,11 @@ def test_every_setting_of_the_command_line_arrives(vdcompress: Vdcompress, tiny_
 def test_wrong_settings_are_told_before_any_work(
     vdcompress: Vdcompress, tiny_run: Path, flags: tuple[str, ...], code: int, says: str
 ) -> None:
+    Path("named.yaml").write_text("version: 1\nheal: {hidden_weight: 3}\n")
+
     ended = vdcompress("finetune", tiny_run, *flags)
 
+    Path("named.yaml").unlink()
     assert_refused(ended, code, says)
     assert "load" not in ended.err
 

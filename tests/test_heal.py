@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import signal
@@ -170,7 +171,7 @@ def test_distillation_brings_the_student_back(text: tuple[Tensor, Tensor], tmp_p
     assert healed.tokens_seen == len(healed.history) * 32 * 11
     assert equal(weights(teacher), taught)
     changed = {name for name, value in weights(student).items() if not value.equal(before[name])}
-    assert changed == set(trained_names(student, "attention"))
+    assert changed == set(trained_names(student, "body"))
     assert all(parameter.requires_grad for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in student.parameters())
     assert not student.training
@@ -361,10 +362,10 @@ def test_a_finished_run_is_not_trained_again(text: tuple[Tensor, Tensor], tmp_pa
     kept = sorted(tmp_path.glob("checkpoint-*"))
     assert len(kept) == checkpoints.KEPT
     assert all(map(checkpoints.is_complete, kept))
-    attention = sum(v.numel() for name, v in finished[0].items() if ".attention." in name)
-    assert (kept[0] / trainer.TRAINED).stat().st_size < 4 * attention + 4000
     events: list[Event] = []
     student, teacher = pair(dropout=0.2)
+    body = sum(finished[0][name].numel() for name in trained_names(student, "body"))
+    assert (kept[0] / trainer.TRAINED).stat().st_size < 4 * body + 4000
 
     healed = heal(
         student, teacher, *text, SHORT, checkpoints=tmp_path, resume=True, on_event=events.append
@@ -528,7 +529,8 @@ def test_unsound_arguments_are_refused(text: tuple[Tensor, Tensor], tmp_path: Pa
 def test_every_value_out_of_range_is_named() -> None:
     settings = HealSettings(
         epochs=0, patience=0, batch_size=0, learning_rate=0, temperature=0, kl_weight=0,
-        warmup_ratio=1, max_steps=0, train="some", schedule="square", weight_decay=-1,
+        hidden_weight=0, warmup_ratio=1, max_steps=0, train="some", schedule="square",
+        weight_decay=-1,
     )  # type: ignore[arg-type]  # fmt: skip
 
     with pytest.raises(UsageError) as caught:
@@ -538,6 +540,55 @@ def test_every_value_out_of_range_is_named() -> None:
                  "warmup_ratio", "max_steps", "train", "schedule", "weight_decay"):  # fmt: skip
         assert name in caught.value.message
     HealSettings().validate()
+
+
+def test_the_default_matches_hidden_states_ten_times(
+    text: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    settings = replace(SHORT, epochs=1)
+
+    def healed(weight: float | None) -> tuple[dict[str, Tensor], Healed]:
+        student, teacher = pair()
+        chosen = replace(settings, hidden_weight=weight)
+        done = heal(student, teacher, *text, chosen, checkpoints=tmp_path / str(weight))
+        return weights(student), done
+
+    (found, done), (ten, said), (none, _) = healed(None), healed(10.0), healed(0.0)
+
+    assert equal(found, ten)
+    assert not equal(found, none)
+    assert done.settings == said.settings == replace(settings, hidden_weight=10.0)
+
+
+@pytest.mark.parametrize(
+    ("named", "weight"),
+    [
+        ({}, 10.0),
+        ({"kl_weight": 0.0}, 10.0),
+        ({"hidden_weight": 3.0}, 3.0),
+        ({"hidden_weight": 0.0}, 0.0),
+        ({"distill": False}, 0.0),
+        ({"teacher_top_k": 4}, 0.0),
+        ({"target": "layers"}, 0.0),
+    ],
+)
+def test_a_weight_that_nobody_named_counts_where_it_can(
+    named: dict[str, Any], weight: float, text: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    student, teacher = pair()
+    settings = replace(SHORT, max_steps=1, save_steps=None, **named)
+
+    healed = heal(student, teacher, *text, settings, checkpoints=tmp_path)
+
+    assert healed.settings == replace(settings, hidden_weight=weight)
+    kept = json.loads((tmp_path / checkpoints.IDENTITY).read_text())
+    assert kept["hidden_weight"] == weight
+
+
+@pytest.mark.parametrize("named", [{"distill": False}, {"teacher_top_k": 4}])
+def test_a_weight_that_was_named_must_be_possible(named: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="hidden"):
+        HealSettings(hidden_weight=3.0, **named).validate()
 
 
 SCRIPT = """

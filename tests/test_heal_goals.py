@@ -22,7 +22,8 @@ from vdcompress.statistics import Statistics
 
 SHORT = HealSettings(epochs=4, patience=4, batch_size=4, learning_rate=1e-2, train="latents")
 GOALS = {
-    "hidden": replace(SHORT, hidden_weight=1.0, bf16=False),
+    "default": replace(SHORT, train=HealSettings.train, bf16=False),
+    "hidden": replace(SHORT, kl_weight=0.0, hidden_weight=1.0, gradient_checkpointing=True),
     "layers": replace(SHORT, target="layers", bf16=True),
     "top": replace(SHORT, teacher_top_k=16, bf16=True),
 }

@@ -50,6 +50,14 @@ def gradients(loss: Tensor, model: Any) -> dict[str, Tensor | None]:
     return dict(zip(names, found, strict=True))
 
 
+def states_error(student: Any, teacher: Any, inputs: Tensor) -> Tensor:
+    ours, theirs = (
+        model.base_model(inputs, output_hidden_states=True, use_cache=False).hidden_states
+        for model in (student, teacher)
+    )
+    return hidden_state_error(ours[1:], theirs[1:])
+
+
 def alone(model: Any, layer: Any, state: Tensor) -> Tensor:
     """Run one layer as the model's own forward does, by the arguments that it gets there."""
     caught: list[Any] = []
@@ -161,30 +169,27 @@ def test_states_of_one_token_leave_the_error_finite() -> None:
 def test_bfloat16_autocast_is_close(goal: str, student: Any, teacher: Any, inputs: Tensor) -> None:
     student, teacher = copy.deepcopy(student).float(), copy.deepcopy(teacher).float()
 
-    def error() -> Tensor:
-        if goal == "layers":
-            return layerwise_error(student, teacher, inputs)
-        ours, theirs = (
-            model.base_model(inputs, output_hidden_states=True, use_cache=False).hidden_states
-            for model in (student, teacher)
-        )
-        return hidden_state_error(ours[1:], theirs[1:])
+    error = layerwise_error if goal == "layers" else states_error
 
-    exact = error()
+    exact = error(student, teacher, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = error()
+        found = error(student, teacher, inputs)
     found.backward()
 
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(exact.item(), rel=0.05)
 
 
-def test_gradient_checkpointing_changes_nothing(student: Any, teacher: Any, inputs: Tensor) -> None:
-    expected = gradients(layerwise_error(student, teacher, inputs), student)
+@pytest.mark.parametrize("goal", ["layers", "hidden"])
+def test_gradient_checkpointing_changes_nothing(
+    goal: str, student: Any, teacher: Any, inputs: Tensor
+) -> None:
+    error = layerwise_error if goal == "layers" else states_error
+    expected = gradients(error(student, teacher, inputs), student)
     saving = copy.deepcopy(student).train()
     saving.gradient_checkpointing_enable({"use_reentrant": False})
 
-    found = layerwise_error(saving, teacher, inputs)
+    found = error(saving, teacher, inputs)
     found.backward()
 
     for name, parameter in saving.named_parameters():

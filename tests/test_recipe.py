@@ -13,6 +13,7 @@ import yaml
 from vdcompress.cli.options import Allocation, Refit, Target
 from vdcompress.errors import RecipeError
 from vdcompress.healing.settings import HealSettings
+from vdcompress.pipeline.settings import heal_settings
 from vdcompress.recipe import (
     HealSection,
     PlanSection,
@@ -26,6 +27,7 @@ from vdcompress.scratch.architecture import Architecture
 from vdcompress.scratch.section import ScratchSection
 
 NOT_IN_RECIPES = {"chunk_tokens"}
+FOR_ANY_RUN = ("long",)
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -33,8 +35,11 @@ def test_every_shipped_recipe_is_sound_and_carries_its_file_name(name: str) -> N
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert (recipe.model is None) == (recipe.scratch is not None)
-    assert recipe.scratch or not Request.of(**recipe.plan.model_dump()).empty
+    if name in FOR_ANY_RUN:
+        assert recipe.model_fields_set == {"version", "name", "description", "heal"}
+    else:
+        assert (recipe.model is None) == (recipe.scratch is not None)
+        assert recipe.scratch or not Request.of(**recipe.plan.model_dump()).empty
 
 
 def test_a_recipe_survives_being_written() -> None:
@@ -52,6 +57,36 @@ def test_the_heal_section_has_every_setting_with_its_default() -> None:
     for field in fields(HealSettings):
         if field.name not in NOT_IN_RECIPES:
             assert getattr(section, field.name) == getattr(HealSettings(), field.name)
+
+
+def test_a_finetune_spends_ten_million_tokens() -> None:
+    heal = HealSection()
+    assert heal.epochs * heal.samples * heal.seq_len == 10_240_000
+
+
+def test_a_long_finetune_is_the_default_with_more_tokens() -> None:
+    other = {
+        "distill": False, "target": "layers", "kl_weight": 2.0, "ce_weight": 1.0, "train": "all",
+        "hidden_weight": 3.0, "teacher_top_k": 8, "schedule": "wsd", "learning_rate": 1e-5,
+        "body_rate": 1.0, "warmup_ratio": 0.5, "epochs": 1, "seq_len": 64, "batch_size": 2,
+    }  # fmt: skip
+    own = Recipe(model="a", plan=PlanSection(v_dim=8)).merged(
+        {f"heal.{name}": value for name, value in other.items()}
+    )
+
+    found = own.healed_as(load_recipe("long"))
+
+    assert found.model_copy(update={"heal": own.heal}) == own
+    settings = heal_settings(found)
+    settings.validate()
+    longer = HealSettings(epochs=7, batch_size=64, max_steps=6250, save_steps=1000)
+    assert settings == longer.settled()
+    heal = found.heal
+    assert heal.seq_len == HealSection().seq_len
+    assert heal.samples == settings.steps_per_epoch(heal.samples) * settings.batch_size
+    assert settings.total_steps(heal.samples) == settings.steps_per_epoch(heal.samples)
+    assert settings.total_steps(heal.samples // 8) == 7 * (heal.samples // 8 // 64)
+    assert settings.max_steps * settings.batch_size * heal.seq_len == 102_400_000
 
 
 def test_the_scratch_section_has_every_size_with_its_default() -> None:

@@ -18,7 +18,7 @@ from vdcompress.events import EpochEnded, Event, StageEnded
 from vdcompress.heal import HealSettings
 from vdcompress.modeling.gpt_neox import VDGPTNeoXConfig, VDGPTNeoXForCausalLM
 from vdcompress.pipeline.scratch_settings import Scratch
-from vdcompress.recipe import Recipe, load_recipe
+from vdcompress.recipe import HealSection, Recipe, load_recipe
 from vdcompress.scratch.phases import train_phases
 
 COMPRESSED, WHOLE = "seed-vdproj", "seed-baseline"
@@ -107,6 +107,24 @@ def test_the_recipes_train_as_the_original_did(name: str) -> None:
     assert (last.batch_size, last.learning_rate, last.schedule) == (8, 1e-4, "constant")
     assert (last.epochs, last.patience, last.train) == (30, 1, "all")
     assert not last.distill
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_the_recipes_lean_on_no_default_of_finetune(name: str) -> None:
+    said = load_recipe(name).heal.model_fields_set
+    of_the_base = {"kl_weight", "ce_weight", "hidden_weight", "temperature", "target"}
+    of_the_base |= {"teacher_top_k"}
+    of_the_machine = {"micro_batch", "gradient_checkpointing", "save_steps", "report_to"}
+    of_the_user = {"data", "seed", "max_steps"}
+    assert set(HealSection.model_fields) - said == of_the_base | of_the_machine | of_the_user
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_every_group_learns_at_the_one_rate(name: str) -> None:
+    for phase in Scratch.of(load_recipe(name)).phases:
+        rates = (phase.latents_rate, phase.attention_rate, phase.body_rate, phase.embeddings_rate)
+        assert rates == (1.0,) * 4
+        assert phase.hidden == 0.0
 
 
 def packed(model: Any, scratch: Scratch) -> GPTNeoXForCausalLM:

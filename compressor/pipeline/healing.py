@@ -177,4 +177,5 @@ def course(healed: Healed) -> dict[str, Any]:
         "seconds": round(healed.seconds, 3),
         "tokens": healed.tokens_seen,
         "epochs": [asdict(epoch) for epoch in healed.history],
+        "settings": asdict(healed.settings),
     }

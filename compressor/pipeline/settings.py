@@ -109,7 +109,8 @@ def checked_request(recipe: Recipe, shape: ModelShape) -> Request:
 
 
 def heal_settings(recipe: Recipe) -> HealSettings:
-    """Return the recipe's ``heal`` section as the core takes it."""
+    """Return the recipe's ``heal`` section as the core takes it, with nothing left open."""
     known = {field.name for field in fields(HealSettings)}
     section = recipe.heal.model_dump()
-    return HealSettings(**{name: value for name, value in section.items() if name in known})
+    found = HealSettings(**{name: value for name, value in section.items() if name in known})
+    return found.settled()

@@ -29,14 +29,23 @@ from vdcompress.plan import make_plan
 from vdcompress.rewrite import rewrite
 from vdcompress.rounding import round_weights
 
-BASIC = HealSettings()
+BASIC = HealSettings(
+    epochs=6,
+    learning_rate=2e-4,
+    warmup_ratio=0.01,
+    train="attention",
+    hidden_weight=0.0,
+    schedule="cosine",
+)
 TRIALS = {
     "batch 32, lr 2e-4": BASIC,
     "batch 32, lr 1e-4": replace(BASIC, learning_rate=1e-4),
     "batch 32, lr 5e-4": replace(BASIC, learning_rate=5e-4),
     "batch 8, lr 1e-4": replace(BASIC, batch_size=8, learning_rate=1e-4),
     "batch 64, lr 5e-4": replace(BASIC, batch_size=64, learning_rate=5e-4),
-    "batch 32, all parameters, lr 1e-4": replace(BASIC, train="all", learning_rate=1e-4),
+    "batch 32, all parameters, lr 1e-4": replace(
+        BASIC, train="all", body_rate=1.0, learning_rate=1e-4
+    ),
     "batch 32, cross-entropy, lr 1e-4": replace(BASIC, distill=False, learning_rate=1e-4),
 }
 

@@ -30,7 +30,15 @@ PLANS: Mapping[str, dict[str, Any]] = {
     "mqa192": {"v_dim": 192, "k_dim": 192, "groups": 1},
 }
 MIDDLE = HealSettings(
-    epochs=1, learning_rate=5e-4, batch_size=16, warmup_ratio=0.02, chunk_tokens=4096
+    epochs=1,
+    learning_rate=5e-4,
+    batch_size=16,
+    warmup_ratio=0.02,
+    chunk_tokens=4096,
+    train="attention",
+    body_rate=1.0,
+    hidden_weight=0.0,
+    schedule="cosine",
 )
 
 

@@ -58,7 +58,7 @@ def main() -> None:
         batch, length = map(int, shape.split("x"))
         ids = windows.flatten()[: windows.numel() // length * length].view(-1, length)
         for train in ("attention", "all"):
-            settings = HealSettings(batch_size=batch, train=train, epochs=30)
+            settings = HealSettings(batch_size=batch, train=train, hidden_weight=0.0, epochs=30)
             bound = plain_speed(base, rewrite(base, plan, statistics), ids, settings, options.steps)
             ours = heal_speed(base, rewrite(base, plan, statistics), ids, settings, options.steps)
             row = {"batch": batch, "length": length, "train": train}
@@ -159,7 +159,7 @@ def heal_speed(
 def profile(base: Base, student: Any, ids: Tensor, path: Path) -> None:
     """Write what the steps of a finetune spend their time on."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    settings = HealSettings(batch_size=16, epochs=1)
+    settings = HealSettings(batch_size=16, hidden_weight=0.0, epochs=1)
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.profiler.profile(activities=activities) as found,

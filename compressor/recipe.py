@@ -133,7 +133,7 @@ class HealSection(TrainingSection):
     """
 
     data: str | None = None
-    samples: Count = 10_000
+    samples: Count = 40_000
     validation_samples: Count = 500
     seq_len: Annotated[int, Field(ge=2)] = 256
     report_to: tuple[str, ...] = ()

@@ -189,7 +189,7 @@ def windows(text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def alone(windows: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    return heal_here(Task(windows, tmp_path_factory.mktemp("alone"), ACCUMULATED))
+    return heal_here(Task(windows, tmp_path_factory.mktemp("alone"), replace(SHORT, epochs=2)))
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +227,8 @@ def test_data_parallel_is_one_process(
 
 
 def test_a_step_in_parts_is_a_whole_one(windows: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    """Without hidden states, whose units are the variance in each part."""
-    settings = replace(SHORT, epochs=2, hidden_weight=0.0)
+    settings = replace(SHORT, epochs=2)
+    assert settings.settled().hidden_weight
 
     whole = heal_here(Task(windows, tmp_path / "whole", settings))
     parts = heal_here(Task(windows, tmp_path / "parts", replace(settings, micro_batch=1)))

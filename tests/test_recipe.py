@@ -68,7 +68,7 @@ def test_a_long_finetune_is_the_default_with_more_tokens() -> None:
     other = {
         "distill": False, "target": "layers", "kl_weight": 2.0, "ce_weight": 1.0, "train": "all",
         "hidden_weight": 3.0, "teacher_top_k": 8, "schedule": "wsd", "learning_rate": 1e-5,
-        "body_rate": 1.0, "warmup_ratio": 0.5, "epochs": 1, "seq_len": 64, "batch_size": 2,
+        "body_rate": 1.0, "warmup_ratio": 0.5, "epochs": 3, "seq_len": 64, "batch_size": 2,
     }  # fmt: skip
     own = Recipe(model="a", plan=PlanSection(v_dim=8)).merged(
         {f"heal.{name}": value for name, value in other.items()}
@@ -79,14 +79,12 @@ def test_a_long_finetune_is_the_default_with_more_tokens() -> None:
     assert found.model_copy(update={"heal": own.heal}) == own
     settings = heal_settings(found)
     settings.validate()
-    longer = HealSettings(epochs=7, batch_size=64, max_steps=6250, save_steps=1000)
+    longer = HealSettings(batch_size=64, save_steps=1000)
     assert settings == longer.settled()
     heal = found.heal
     assert heal.seq_len == HealSection().seq_len
     assert heal.samples == settings.steps_per_epoch(heal.samples) * settings.batch_size
-    assert settings.total_steps(heal.samples) == settings.steps_per_epoch(heal.samples)
-    assert settings.total_steps(heal.samples // 8) == 7 * (heal.samples // 8 // 64)
-    assert settings.max_steps * settings.batch_size * heal.seq_len == 102_400_000
+    assert settings.total_steps(heal.samples) * settings.batch_size * heal.seq_len == 102_400_000
 
 
 def test_the_scratch_section_has_every_size_with_its_default() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -31,13 +30,16 @@ def hidden_state_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> 
 def relative_error(found: Tensor, wanted: Tensor, reference: Tensor) -> Tensor:
     """Return ||found - wanted||^2 / ||reference - its mean over tokens||^2, float32 or float64.
 
+    Each window has its own denominator, so that the mean over windows does not depend on how many
+    of them a forward pass takes.
+
     Args:
-        found: [..., hidden]; gets gradients.
-        wanted: [..., hidden]; gets none.
-        reference: [..., hidden], of the same tokens; gets no gradients.
+        found: [..., tokens, hidden]; gets gradients.
+        wanted: [..., tokens, hidden]; gets none.
+        reference: [..., tokens, hidden], of the same tokens; gets no gradients.
     """
     wide = torch.float64 if found.dtype == torch.float64 else torch.float32
     with torch.autocast(found.device.type, enabled=False):
-        error = functional.mse_loss(found.to(wide), wanted.detach().to(wide))
-        spread = reference.detach().to(wide).flatten(0, -2).var(0, correction=0).mean()
-        return error / spread.clamp_min(torch.finfo(wide).tiny)
+        error = (found.to(wide) - wanted.detach().to(wide)).square().mean((-2, -1))
+        spread = reference.detach().to(wide).var(-2, correction=0).mean(-1)
+        return (error / spread.clamp_min(torch.finfo(wide).tiny)).mean()

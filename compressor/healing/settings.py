@@ -41,7 +41,7 @@ class HealSettings:
         kl_weight: weight of KL(base || student) when distilling.
         ce_weight: weight of the cross-entropy when distilling.
         hidden_weight: weight of the squared error of the hidden states after each layer, in units
-            of the base's variance there over a forward pass, averaged over layers. None is 10 where
+            of the base's variance there over a window, averaged over layers. None is 10 where
             there are states to compare: when distilling outputs, and not from ``teacher_top_k``.
         temperature: divides both logits in KL, whose weight is multiplied by its square.
         teacher_top_k: compute the base's likeliest so many tokens once, keep them on disk, and
@@ -62,7 +62,7 @@ class HealSettings:
         chunk_tokens: tokens whose logits exist at one time.
     """
 
-    epochs: int = 4
+    epochs: int = 1
     patience: int = 1
     learning_rate: float = 1e-3
     latents_rate: float = 1.0

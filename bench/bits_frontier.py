@@ -35,7 +35,7 @@ from vdcompress.request import Request
 from vdcompress.rewrite import rewrite
 
 MEASURED = ("books_dev", "docs_dev")
-BUDGETS = (0.19, 0.25, 0.105, 0.145, 0.33, 0.072, 0.5, 0.4, 0.6)
+BUDGETS = (0.19, 0.25, 0.105, 0.145, 0.33, 0.072, 0.5, 0.4, 0.6, 0.31)
 KIVI_BITS = (4, 3, 2)
 PLAIN = Start("optimal", "none", 0, rotate=False)
 START = replace(FISHER, refit="none", alternate=0)

@@ -14,8 +14,9 @@ from decode_reference import drawn, sides
 from naive_packed import LAYERS
 from vdcompress.modeling import attention
 from vdcompress.modeling.decode_cutting import MANTISSA, tile, tokens_per_row
+from vdcompress.modeling.decode_settings import TABLE, settings_for
 from vdcompress.modeling.decode_spans import spans_of
-from vdcompress.modeling.decode_tiles import Tile
+from vdcompress.modeling.decode_tiles import Section, Tile
 from vdcompress.modeling.packed_cache import PackedLayer
 from vdcompress.modeling.packing import pack
 from vdcompress.modeling.schemes import SCHEMES
@@ -116,3 +117,19 @@ def test_an_exported_folder_carries_the_kernel_and_loads_without_triton() -> Non
         "triton",
         "vdcompress",
     } == set()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [(16,), (8, 4), (5,), (2, 2)])
+def test_every_layer_has_settings(bits: tuple[int, ...], tokens: int) -> None:
+    most = min(each for each in (2, 3, 4, 8, 16) if each >= max(bits))
+    row = max(each for each in (1, 2, 8) if each <= tokens)
+    assert settings_for(bits, tokens) == TABLE[most, row]
+
+
+@pytest.mark.parametrize(("heads", "held"), [(8, True), (4, True), (1, False)])
+def test_scales_of_few_latents_are_held(heads: int, held: bool) -> None:
+    """Four zero points, a byte each, are what Triton reads ahead by itself."""
+    tokens = tokens_per_row(heads, 40)
+    parts = [tile("per_token", 4, 40, tokens=tokens, latents=1) for _ in range(2)]
+    assert Section((parts[0],), parts[1], heads, tokens, 16, 40, 40).scales_ahead is held

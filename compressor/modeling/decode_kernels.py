@@ -19,7 +19,7 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as missing:
-    raise ImportError("the package triton is not installed") from missing
+    raise ImportError("the package triton is not installed, or too old") from missing
 
 from .decode_reading import element, length, read_scales, scores_shape, static
 from .decode_scores import masked_scores, part_scores, query_tiles

@@ -148,11 +148,11 @@ def fill(
 
 def _step(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """Run the model over new tokens [b, t] and return the greedy next ones [b, 1]."""
-    output = model(ids, use_cache=True, logits_to_keep=1, **{_cache_argument(model): cache})
+    output = model(ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
     return output.logits[:, -1:].argmax(-1)
 
 
-def _cache_argument(model: Any) -> str:
+def cache_argument(model: Any) -> str:
     """Return what this transformers calls the cache."""
     known = inspect.signature(model.forward).parameters
     return next(name for name in CACHE_NAMES if name in known)

@@ -1,7 +1,7 @@
 """Codes of few bits unpacked for products: each to the upper bits of a byte, in the order of bytes.
 
-A code c becomes the byte ``c * 2**(8 - bits)``, beside which zero points, codes of eight bits, count
-as they are. One operation takes a code from every byte of all tokens, so that it runs over
+A code c becomes the byte ``c * 2**(8 - bits)``, beside which zero points, codes of eight bits, are
+counted as they are. One operation takes a code from every byte of all tokens, so that it runs over
 neighbouring bytes however narrow a latent is: that makes a plane of codes. :func:`runs` says which
 they are; a product does not mind their order. Codes lie as :mod:`packing` lays them out.
 """
@@ -20,6 +20,10 @@ RUNS: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((0, 3, 6), (1, 4, 7), (2, 5)),
     2: ((0,), (1,), (2,), (3,)),
 }
+# For codes of 3 bits, by the byte of a word: what lifts the first and the second code of a byte to
+# its upper bits, what lifts the lower bits of a code that goes on in the next byte once they are at
+# the bottom, which bits these are, and what lifts its upper bits.
+THREE = ((32, 16, 8), (4, 2, 1), (2, 1, 0), (0x60, 0x20, 0), (128, 64, 0))
 REPEATED = 64  # tokens that a pattern is spelt out for, then copied
 
 
@@ -36,36 +40,46 @@ def runs(bits: int, n: int) -> list[tuple[int, slice, slice]]:
     return found
 
 
-def align(packed: Tensor, bits: int, out: Tensor) -> None:
-    """Write aligned codes.
+class Aligner:
+    """Writes aligned codes of some tokens after others.
 
     Args:
-        packed: [..., tokens, bytes].
-        bits: of a code.
-        out: uint8 [planes, ..., tokens, bytes]; bytes from which a plane takes no code become 0.
+        bits: of a code, below 8.
+        size: bytes of a latent.
+        tokens: the most at a time.
+        device: where.
     """
-    if bits == 3:
-        _align_three(packed, out)
-        return
-    for k, plane in enumerate(out):
-        up = 8 - bits - k * bits
-        shifted = torch.mul(packed, 2**up, out=plane) if up else packed
-        torch.bitwise_and(shifted, 256 - 2 ** (8 - bits), out=plane)
 
+    def __init__(self, bits: int, size: int, tokens: int, device: torch.device) -> None:
+        self.bits, self.size = bits, size
+        if bits == 3:
+            by_byte = torch.tensor(THREE, dtype=torch.uint8, device=device)
+            row = by_byte.repeat_interleave(size // 3, dim=1)
+            self._patterns = row.repeat(1, REPEATED).repeat(1, -(-tokens // REPEATED))
 
-def _align_three(packed: Tensor, out: Tensor) -> None:
-    """Align codes of 3 bits: of a byte's eight bits, a code may have some in the next byte."""
-    tokens, columns = packed.shape[-2], packed.shape[-1] // 3
-    packed, (first, second, across) = packed.flatten(-2), out.flatten(-2)
+    def __call__(self, packed: Tensor, out: Tensor) -> None:
+        """Align latents.
 
-    def by_byte(*values: int) -> Tensor:
-        row = torch.tensor(values, dtype=torch.uint8, device=packed.device)
-        some = row.repeat_interleave(columns).repeat(min(tokens, REPEATED))
-        return some.repeat(-(-tokens // REPEATED))[: tokens * len(values) * columns]
+        Args:
+            packed: [..., tokens, bytes].
+            out: uint8 [planes, ..., tokens, bytes]; 0 where a plane takes no code from a byte.
+        """
+        if self.bits == 3:
+            self._three(packed.flatten(-2), out.flatten(-2))
+            return
+        for k, plane in enumerate(out):
+            up = 8 - self.bits - k * self.bits
+            shifted = torch.mul(packed, 2**up, out=plane) if up else packed
+            torch.bitwise_and(shifted, 256 - 2 ** (8 - self.bits), out=plane)
 
-    torch.mul(packed, by_byte(32, 16, 8), out=first).bitwise_and_(0xE0)
-    torch.mul(packed, by_byte(4, 2, 1), out=second).bitwise_and_(0xE0)
-    torch.bitwise_right_shift(packed, 2, out=across)
-    across.mul_(by_byte(2, 1, 0)).bitwise_and_(by_byte(0x60, 0x20, 0))
-    upper = packed[..., columns:] * by_byte(128, 64, 0)[: packed.shape[-1] - columns]
-    across[..., : packed.shape[-1] - columns] += upper
+    def _three(self, packed: Tensor, out: Tensor) -> None:
+        """Align codes of 3 bits, [..., tokens * bytes]; some have bits in the next byte too."""
+        first, second, across = out
+        numbers, column = packed.shape[-1], self.size // 3
+        patterns = self._patterns[:, :numbers]
+        torch.mul(packed, patterns[0], out=first).bitwise_and_(0xE0)
+        torch.mul(packed, patterns[1], out=second).bitwise_and_(0xE0)
+        torch.bitwise_right_shift(packed, 2, out=across)
+        across.mul_(patterns[2]).bitwise_and_(patterns[3])
+        next_byte = packed[..., column:]
+        across[..., :-column] += next_byte * patterns[4, : numbers - column]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .aligned_codes import RUNS, align, runs
+from .aligned_codes import RUNS, Aligner, runs
 from .quantizer import Packed, Quantizer
 
 NUMBERS = {"cpu": 2**19, "cuda": 2**25}  # unpacked at a time
@@ -51,6 +51,7 @@ class Levels:
         # Fresh memory for each piece would cost more than what is written there.
         latents, tokens, columns = self.codes.shape
         shape = (latents, min(tokens, self.size))
+        self._align = Aligner(quantizer.bits, columns, shape[1], self.codes.device)
         self._aligned = self.codes.new_empty(self._planes, *shape, columns)
         columns = columns if self.blocks == 1 else width
         self._levels = self.codes.new_empty(self.planes, *shape, columns, dtype=dtype)
@@ -76,11 +77,11 @@ class Levels:
 
     def _unpacked(self, start: int, stop: int) -> Tensor:
         """Return aligned codes of some tokens, [planes, l, s, bytes]."""
-        packed, bits = self.codes[:, start:stop], self.quantizer.bits
-        if bits == 8:
+        packed = self.codes[:, start:stop]
+        if self.quantizer.bits == 8:
             return packed.unsqueeze(0)
         out = _first(self._aligned, stop - start)
-        align(packed, bits, out)
+        self._align(packed, out)
         return out
 
     def arranged(self, x: Tensor) -> Tensor:

@@ -80,8 +80,10 @@ def _scores_by_token(quantizer: Quantizer, packed: Packed, query: Tensor) -> Ten
     arranged = levels.arranged(query).flatten(0, 1)
     total = query.new_empty(*query.shape[:2], packed.codes.shape[2])
     for start, stop, some in levels:
-        found = dots(arranged, some.flatten(0, 1)).unflatten(0, (levels.planes, -1))
-        torch.sum(found, 0, out=total[..., start:stop])
+        found = dots(arranged, some.flatten(0, 1))
+        if levels.planes > 1:
+            found = found.unflatten(0, (levels.planes, -1)).sum(0)
+        total[..., start:stop] = found
     scale, zero = _factors(packed, query.dtype)
     if levels.blocks == 1:
         if zero is not None:
@@ -110,8 +112,9 @@ def _sum_by_token(quantizer: Quantizer, packed: Packed, weights: Tensor, width: 
             total = [sums(own, plane) for plane in some]
     found = levels.restored(torch.stack(total))
     if zero is not None:
-        taken = (weights @ zero.mT).unsqueeze(-1)
-        found = (found.unflatten(-1, (levels.blocks, -1)) - taken).flatten(-2)
+        alone = weights.shape[1] == zero.shape[1] == 1
+        taken = (weights * zero).sum(-1, keepdim=True) if alone else weights @ zero.mT
+        found = (found.unflatten(-1, (levels.blocks, -1)) - taken.unsqueeze(-1)).flatten(-2)
     return (found * quantizer.aligned_unit).view(*shape, width)
 
 

@@ -55,7 +55,7 @@ class NormalQuantizer(Quantizer):
         a, b = CUBICS[self.bits]
         one = 256 // 2**self.bits  # between two codes
         out.copy_((codes - self.top * one // 2).view(torch.int8))
-        out.addcmul_(out, out.square(), value=b / (a * one**2))
+        out.addcmul_(out, out * out, value=b / (a * one**2))
 
 
 def _stored(scale: Tensor) -> Tensor:

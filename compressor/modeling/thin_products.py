@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW = 64  # rows
 TOKENS = 1024  # of a sum
 
 
 def dots(query: Tensor, latents: Tensor) -> Tensor:
     """Return the dot products [l, r, s] of [l, r, w] with [l, s, w]."""
-    if query.shape[1] == 1 or query.device.type != "cpu":
+    if not 1 < query.shape[1] <= FEW or query.device.type != "cpu":
         return torch.bmm(query, latents.mT)
     return torch.bmm(latents, query.mT).mT
 
@@ -21,17 +22,18 @@ def dots(query: Tensor, latents: Tensor) -> Tensor:
 def sums(weights: Tensor, latents: Tensor) -> Tensor:
     """Return the sums [l, r, w] of [l, s, w] with weights [l, r, s].
 
-    Many tokens of one latent are cut, so that every processor has some.
+    In single precision many tokens of one latent are cut, so that every processor has some.
     """
+    alone = len(weights) == 1 and weights.device.type == "cpu"
     tokens = weights.shape[2]
     whole = tokens // TOKENS * TOKENS
-    if whole <= TOKENS or len(weights) > 1 or weights.device.type != "cpu":
+    if not alone or whole <= TOKENS or weights.shape[1] > FEW or weights.dtype != torch.float32:
         return torch.bmm(weights, latents)
     cut = weights[0, :, :whole].unflatten(-1, (-1, TOKENS)).transpose(0, 1)
     found = torch.bmm(cut, latents[0, :whole].unflatten(0, (-1, TOKENS))).sum(0, keepdim=True)
-    if whole < tokens:
-        found.baddbmm_(weights[:, :, whole:], latents[:, whole:])
-    return found
+    if whole == tokens:
+        return found
+    return torch.baddbmm(found, weights[:, :, whole:], latents[:, whole:])
 
 
 def add_sums(total: Tensor, weights: Tensor, latents: Tensor) -> None:

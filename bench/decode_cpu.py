@@ -3,9 +3,9 @@
     VDCOMPRESS_STANDINS=... python bench/decode_cpu.py --threads 2
 
 All that are compared take turns within one process, and a ratio is the median over rounds of a
-quotient of one round. Caches hold random numbers, written through their own ``update()``. The base
-of attention alone is torch's scaled dot product attention over 64/64; of a whole model, the base
-with each of transformers' plain caches.
+quotient of one round; rounds that other processes disturbed are repeated. Caches hold random
+numbers, written through their own ``update()``. The base of attention alone is torch's scaled dot
+product attention over 64/64; of a whole model, the base with each of transformers' plain caches.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import record
 import standins
 import torch
+from quiet import quiet_rounds
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -33,7 +34,7 @@ from vdcompress.modeling.cache import GrowingLayer
 from vdcompress.modeling.packed_cache import PackedLayer
 from vdcompress.plan import ModelShape, Plan, make_plan
 from vdcompress.rewrite import needed_statistics, rewrite
-from vdcompress.speed_rounds import median_speed, ratios, rounds
+from vdcompress.speed_rounds import Outcome, median_speed, ratios, rounds
 
 MODEL = "pythia-70m-standin"
 BASE = "base"
@@ -91,24 +92,31 @@ def attention_rows(shape: ModelShape, dtype: str, tokens: int, count: int) -> li
         for bits in (EXACT,) if layout == ONLY_EXACT else (EXACT, *BITS):
             plan = plan_of(shape, layout, bits)
             calls[layout, bits] = own_call(plan, DTYPES[dtype], tokens)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    with torch.inference_mode():
-        for _ in range(count + 1):
-            for key, call in calls.items():
-                start = time.perf_counter()
-                call()
-                seconds[key].append(time.perf_counter() - start)
+    in_turns(calls)
+    found, quiet = quiet_rounds(partial(in_turns, calls), count)
+    seconds = {key: [turn[key] for turn in found] for key in calls}
     rows = []
-    for key, (_warm_up, *own) in seconds.items():
+    for key, own in seconds.items():
         layout, bits = key
         row = {"layout": layout, "bits": bits, "dtype": dtype, "tokens": tokens}
-        row |= {"seconds": statistics.median(own), "fastest": min(own)}
-        row["base_by_own"] = quotient(seconds[BASE, EXACT][1:], own)
+        row |= {"seconds": statistics.median(own), "fastest": min(own), "quiet_rounds": quiet}
+        row["base_by_own"] = quotient(seconds[BASE, EXACT], own)
         if layout != BASE:
-            row["own_by_exact"] = quotient(own, seconds[layout, EXACT][1:])
+            row["own_by_exact"] = quotient(own, seconds[layout, EXACT])
         rows.append(row)
         print(row, flush=True)
     return rows
+
+
+@torch.inference_mode()
+def in_turns(calls: dict[tuple[str, int], Call]) -> dict[tuple[str, int], float]:
+    """Return the seconds of each call."""
+    seconds = {}
+    for key, call in calls.items():
+        start = time.perf_counter()
+        call()
+        seconds[key] = time.perf_counter() - start
+    return seconds
 
 
 def quotient(one: list[float], other: list[float]) -> float:
@@ -163,15 +171,17 @@ def model_rows(
     for contender in (*stock, *own):
         contender.model.to(DTYPES[dtype])
     measure = partial(decode, context=tokens, batch=1, new_tokens=new_tokens)
-    found = rounds([*stock, *own], measure, count)
+    turns, quiet = quiet_rounds(partial(rounds, [*stock, *own], measure, 1), count)
+    found: dict[str, Outcome] = {
+        contender.name: [one for turn in turns for one in turn[contender.name]]
+        for contender in (*stock, *own)
+    }
     rows = []
     for contender in (*stock, *own):
         passes = found[contender.name]
-        if isinstance(passes, str):
-            raise SystemExit(passes)
         layout, _, bits = contender.name.partition(": ")
         row = {"layout": layout, "bits": int(bits or EXACT), "dtype": dtype, "tokens": tokens}
-        row["tokens_per_second"] = median_speed(passes)
+        row |= {"tokens_per_second": median_speed(passes), "quiet_rounds": quiet}
         row["faster_than"] = ratios(found, contender.name, [kind.name for kind in STOCK])
         rows.append(row)
         print(row, flush=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .aligned_codes import RUNS, Aligner, runs
 from .quantizer import Packed, Quantizer
 
-NUMBERS = {"cpu": 2**19, "cuda": 2**25}  # unpacked at a time
+NUMBERS = {"cpu": 2**20, "cuda": 2**25}  # unpacked at a time
 FEWEST = 128  # tokens, a multiple of every scheme's
 
 

@@ -78,3 +78,13 @@ def test_products_of_few_rows(latents: int, rows: int, tokens: int) -> None:
     total = torch.ones(latents, rows, 24)
     add_sums(total, weights, x)
     torch.testing.assert_close(total, expected + 1, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_half_precision_with_room_between_latents(rows: int) -> None:
+    room = torch.randn(3, 300, 24).bfloat16()
+    x, query = room[:, :200], torch.randn(3, rows, 24).bfloat16()
+    weights = torch.rand(3, rows, 200).bfloat16() / 200
+    close = {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(dots(query, x).float(), query.float() @ x.float().mT, **close)
+    torch.testing.assert_close(sums(weights, x).float(), weights.float() @ x.float(), **close)

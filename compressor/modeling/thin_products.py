@@ -14,6 +14,8 @@ TOKENS = 1024  # of a sum
 
 def dots(query: Tensor, latents: Tensor) -> Tensor:
     """Return the dot products [l, r, s] of [l, r, w] with [l, s, w]."""
+    if _one_by_one(query, latents):
+        return torch.stack([x @ own.mT for x, own in zip(query, latents, strict=True)])
     if not 1 < query.shape[1] <= FEW or query.device.type != "cpu":
         return torch.bmm(query, latents.mT)
     return torch.bmm(latents, query.mT).mT
@@ -24,6 +26,8 @@ def sums(weights: Tensor, latents: Tensor) -> Tensor:
 
     In single precision many tokens of one latent are cut, so that every processor has some.
     """
+    if _one_by_one(weights, latents):
+        return torch.stack([x @ own for x, own in zip(weights, latents, strict=True)])
     alone = len(weights) == 1 and weights.device.type == "cpu"
     tokens = weights.shape[2]
     whole = tokens // TOKENS * TOKENS
@@ -42,3 +46,12 @@ def add_sums(total: Tensor, weights: Tensor, latents: Tensor) -> None:
         total.baddbmm_(weights, latents)
     else:
         total += sums(weights, latents)
+
+
+def _one_by_one(rows: Tensor, latents: Tensor) -> bool:
+    """Whether one product for each latent is faster than one for all.
+
+    In half precision torch is slow at many matrices with room between them, as a cache has it.
+    """
+    half = latents.element_size() == 2 and latents.device.type == "cpu"  # noqa: PLR2004
+    return half and rows.shape[1] <= FEW and not latents.is_contiguous()

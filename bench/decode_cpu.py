@@ -11,6 +11,7 @@ product attention over 64/64; of a whole model, the base with each of transforme
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -60,24 +61,40 @@ def main() -> None:
     parser.add_argument("--model-rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--skip", choices=("attention", "model"), nargs="*", default=[])
+    parser.add_argument("--skip", choices=("attention", "whole"), nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = load(standins.model(MODEL))
-    body: dict[str, Any] = {"model": MODEL, "attention": [], "whole": []}
+    body: dict[str, Any] = {"model": MODEL}
+    body |= {part: earlier(part, options) for part in ("attention", "whole")}
     body |= {name: getattr(options, name) for name in ("rounds", "model_rounds", "new_tokens")}
     for name in options.dtype:
         for tokens in options.context:
             if "attention" not in options.skip:
                 body["attention"] += attention_rows(base.shape, name, tokens, options.rounds)
-    if "model" not in options.skip:
+    if "whole" not in options.skip:
         models = {key: compressed(base, plan_of(base.shape, *key)) for key in WHOLE}
         for name in options.dtype:
             for tokens in options.context:
                 count, new = options.model_rounds, options.new_tokens
                 body["whole"] += model_rows(base, models, name, tokens, count, new)
+    for part in ("attention", "whole"):
+        body[part].sort(key=lambda row: (-DTYPES[row["dtype"]].itemsize, row["tokens"]))
     print(record.write("decode-cpu", body, out=options.out))
+
+
+def earlier(part: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows that are not measured again: those of a part that is skipped, or of others.
+
+    A row is measured again if its dtype and its context are asked for.
+    """
+    path = (options.out or record.RESULTS) / "decode-cpu.json"
+    rows = json.loads(path.read_text())[part] if path.exists() else []
+    if part in options.skip:
+        return list(rows)
+    asked = {(dtype, tokens) for dtype in options.dtype for tokens in options.context}
+    return [row for row in rows if (row["dtype"], row["tokens"]) not in asked]
 
 
 def plan_of(shape: ModelShape, layout: str, bits: int) -> Plan:

@@ -53,5 +53,5 @@ def _one_by_one(rows: Tensor, latents: Tensor) -> bool:
 
     In half precision torch is slow at many matrices with room between them, as a cache has it.
     """
-    half = latents.element_size() == 2 and latents.device.type == "cpu"  # noqa: PLR2004
+    half = latents.element_size() == 2 and latents.device.type == "cpu"
     return half and rows.shape[1] <= FEW and not latents.is_contiguous()

@@ -1,4 +1,4 @@
-"""The tables about decoding on CUDA."""
+"""The tables about decoding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from cells import results
 from vdcompress.report import Table
 
 MICRO = 1e6
+EXACT = 16
+BASES = ("dynamic", "static")
 
 
 def cuda() -> Table:
@@ -35,4 +37,43 @@ def cuda() -> Table:
     return Table("", (*header, "cuDNN, uncompressed, us", "times as fast"), tuple(rows), words=2)
 
 
-TABLES: dict[str, Callable[[], Table]] = {"decode-cuda": cuda}
+def cpu_attention() -> Table:
+    """Show the time of one layer's attention of one query on a CPU, by cache."""
+    rows = tuple(
+        (
+            row["dtype"],
+            f"{row['tokens']:,}",
+            row["layout"],
+            str(row["bits"]) if row["bits"] < EXACT else row["dtype"],
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['base_by_own']:.2f}",
+            f"{row['own_by_exact']:.2f}" if "own_by_exact" in row else "",
+        )
+        for row in results("decode-cpu")["attention"]
+    )
+    header = ("model", "tokens", "cache", "bits", "ms", "times as fast as the base")
+    return Table("", (*header, "time by that without bits"), rows, words=4)
+
+
+def cpu_models() -> Table:
+    """Show the speed of whole steps on a CPU beside the base with transformers' caches."""
+    rows = tuple(
+        (
+            row["dtype"],
+            f"{row['tokens']:,}",
+            row["layout"] if row["layout"] not in BASES else f"base, {row['layout']} cache",
+            str(row["bits"]) if row["bits"] < EXACT else row["dtype"],
+            f"{row['tokens_per_second']:.1f}",
+            *(f"{row['faster_than'][kind]:.2f}" for kind in BASES),
+        )
+        for row in results("decode-cpu")["whole"]
+    )
+    header = ("model", "tokens", "cache", "bits", "tokens per second")
+    return Table("", (*header, *(f"by the {kind} cache" for kind in BASES)), rows, words=4)
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "decode-cuda": cuda,
+    "decode-cpu-attention": cpu_attention,
+    "decode-cpu-models": cpu_models,
+}

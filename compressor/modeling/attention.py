@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from .packed_attention import packed_attention, use_kernel
 from .packed_latents import PackedLatents
 from .rounded_latents import RoundedLatents, rounded_attention
+from .thin_products import dots, sums
 
 NAME = "vdcompress"
 WORTH_BYTES = 2**26  # of latents in 16 bits from which on a kernel's time outweighs its launch
@@ -65,8 +66,8 @@ def matmul_attention(  # noqa: PLR0917
     """
     b, h, t, _k = query.shape
     groups, s = key.shape[1], key.shape[2]
-    grouped = query.reshape(b, groups, (h // groups) * t, -1)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).view(b, h, t, s) * scaling
+    grouped = query.reshape(b * groups, (h // groups) * t, -1)
+    scores = dots(grouped, key.flatten(0, 1)).reshape(b, h, t, s) * scaling
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -75,7 +76,7 @@ def matmul_attention(  # noqa: PLR0917
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
     groups = value.shape[1]
-    output = torch.matmul(weights.reshape(b, groups, (h // groups) * t, s), value)
+    output = sums(weights.reshape(b * groups, (h // groups) * t, s), value.flatten(0, 1))
     return output.view(b, h, t, -1).transpose(1, 2).contiguous(), weights
 
 

@@ -15,13 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .packing import unpack, unpack_runs
+from .packed_levels import Levels, tokens_at_a_time
+from .packing import unpack
 from .quantizer import Packed, Quantizer
-from .schemes import codes_per_word
-
-NUMBERS = {"cpu": 2**20, "cuda": 2**25}  # unpacked at a time
-NARROWEST = 16  # run of codes that is multiplied by itself
-FEWEST = 128  # tokens, a multiple of every scheme's
+from .thin_products import add_sums, dots, sums
 
 
 def scores(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:
@@ -36,8 +33,8 @@ def scores(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:
             dim=-1,
         )
     if quantizer.scheme.token_block > 1:
-        pieces = _pieces(quantizer, packed, width)
-        return torch.cat([_scores_by_channel(quantizer, x, query) for _, x in pieces], dim=-1)
+        found = _pieces(quantizer, packed, width)
+        return torch.cat([_scores_by_channel(quantizer, x, query) for _, x in found], dim=-1)
     return _scores_by_token(quantizer, packed, query)
 
 
@@ -58,11 +55,9 @@ def weighted_sum(quantizer: Quantizer, packed: Packed, weights: Tensor, width: i
 
 def _pieces(quantizer: Quantizer, packed: Packed, width: int) -> Iterator[tuple[slice, Packed]]:
     """Yield some tokens at a time: which they are, and what is packed of them."""
-    b, g, s, _ = packed.codes.shape
-    most = NUMBERS.get(packed.codes.device.type, NUMBERS["cpu"]) // (b * g * width)
-    size = max(1, most // FEWEST) * FEWEST
-    for start in range(0, s, size):
-        stop = min(start + size, s)
+    tokens, size = packed.codes.shape[2], tokens_at_a_time(packed, width)
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
         yield slice(start, stop), packed.tokens(start, stop, quantizer.scheme.token_block)
 
 
@@ -79,75 +74,54 @@ def _levels(quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype
     return quantizer.levels(unpack(packed.codes, quantizer.bits, width, dtype))
 
 
-def _columns(
-    quantizer: Quantizer, packed: Packed, width: int, scratch: Tensor
-) -> Iterator[tuple[Tensor, slice]]:
-    """Yield levels of some dimensions at a time, and which these are.
-
-    They lie in ``scratch``, until the next ones. A run of codes that is wide enough is not put
-    beside the others first. Where a latent has several scales the levels are multiplied by them.
-    """
-    bits, blocks = quantizer.bits, packed.scale.shape[-1]
-    if blocks == 1 and width * bits % 8 == 0 and width // codes_per_word(bits) >= NARROWEST:
-        runs = unpack_runs(packed.codes, bits, width)
-    else:
-        runs = [unpack(packed.codes, bits, width)]
-    first = 0
-    for run in runs:
-        levels = quantizer.levels(scratch[: run.numel()].view(run.shape).copy_(run))
-        if blocks > 1:
-            levels.unflatten(-1, (blocks, -1)).mul_(packed.scale.unsqueeze(-1))
-        yield levels, slice(first, first + run.shape[-1])
-        first += run.shape[-1]
-
-
-def _scratch(quantizer: Quantizer, packed: Packed, width: int, dtype: torch.dtype) -> Tensor:
-    """Return memory for the levels of a piece: fresh memory for each would cost more than they."""
-    _, first = next(_pieces(quantizer, packed, width))
-    numbers = first.codes.shape[:3].numel() * width
-    return torch.empty(numbers, dtype=dtype, device=packed.codes.device)
-
-
-def _factors(
-    quantizer: Quantizer, packed: Packed, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Return scales and scaled zero points, both [b, g, B, S]."""
-    scale = packed.scale.to(dtype)
-    if packed.zero is None:
-        return scale.mT, None
-    return scale.mT, (quantizer.zero_levels(packed.zero).to(dtype) * scale).mT
-
-
 def _scores_by_token(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:
-    width, dtype = query.shape[-1], query.dtype
-    scale, zero = _factors(quantizer, packed, dtype)
-    blocks = scale.shape[2]
-    total = query.new_zeros(*query.shape[:3], packed.codes.shape[2])
-    scratch = _scratch(quantizer, packed, width, dtype)
-    for tokens, some in _pieces(quantizer, packed, width):
-        for x, own in _columns(quantizer, some, width, scratch):
-            total[..., tokens] += query[..., own] @ x.mT
-    if blocks == 1:
+    shape, query = query.shape[:-1], query.flatten(0, 1) * quantizer.aligned_unit
+    levels = Levels(quantizer, packed, query.shape[-1], query.dtype)
+    arranged = levels.arranged(query).flatten(0, 1)
+    total = query.new_empty(*query.shape[:2], packed.codes.shape[2])
+    for start, stop, some in levels:
+        found = dots(arranged, some.flatten(0, 1))
+        if levels.planes > 1:
+            found = found.unflatten(0, (levels.planes, -1)).sum(0)
+        total[..., start:stop] = found
+    scale, zero = _factors(packed, query.dtype)
+    if levels.blocks == 1:
+        if zero is not None:
+            total.addcmul_(query.sum(-1, keepdim=True), zero, value=-1)
         total *= scale
-    if zero is not None:
-        total -= query.unflatten(-1, (blocks, -1)).sum(-1) @ zero
-    return total
+    elif zero is not None:
+        total -= query.unflatten(-1, (levels.blocks, -1)).sum(-1) @ zero.mul_(scale)
+    return total.view(*shape, -1)
 
 
 def _sum_by_token(quantizer: Quantizer, packed: Packed, weights: Tensor, width: int) -> Tensor:
-    dtype = weights.dtype
-    scale, zero = _factors(quantizer, packed, dtype)
-    blocks = scale.shape[2]
-    scaled = weights * scale if blocks == 1 else weights
-    sums = weights.new_zeros(*weights.shape[:3], width)
-    scratch = _scratch(quantizer, packed, width, dtype)
-    for tokens, some in _pieces(quantizer, packed, width):
-        for x, own in _columns(quantizer, some, width, scratch):
-            sums[..., own] += scaled[..., tokens] @ x
+    shape, weights = weights.shape[:-1], weights.flatten(0, 1)
+    levels = Levels(quantizer, packed, width, weights.dtype)
+    scale, zero = _factors(packed, weights.dtype)
+    if levels.blocks == 1:
+        weights = weights * scale
+    elif zero is not None:
+        zero *= scale
+    total: list[Tensor] = []
+    for start, stop, some in levels:
+        own = weights[..., start:stop]
+        if total:
+            for plane, so_far in zip(some, total, strict=True):
+                add_sums(so_far, own, plane)
+        else:
+            total = [sums(own, plane) for plane in some]
+    found = levels.restored(torch.stack(total))
     if zero is not None:
-        taken = (weights @ zero.mT).unsqueeze(-1)
-        sums = (sums.unflatten(-1, (blocks, -1)) - taken).flatten(-2)
-    return sums
+        alone = weights.shape[1] == zero.shape[1] == 1
+        taken = (weights * zero).sum(-1, keepdim=True) if alone else weights @ zero.mT
+        found = (found.unflatten(-1, (levels.blocks, -1)) - taken.unsqueeze(-1)).flatten(-2)
+    return (found * quantizer.aligned_unit).view(*shape, width)
+
+
+def _factors(packed: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return scales and zero points, both [b * g, B, S]."""
+    scale = packed.scale.flatten(0, 1).to(dtype).mT
+    return scale, None if packed.zero is None else packed.zero.flatten(0, 1).to(dtype).mT
 
 
 def _scores_by_channel(quantizer: Quantizer, packed: Packed, query: Tensor) -> Tensor:

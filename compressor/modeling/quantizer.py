@@ -96,6 +96,20 @@ class Quantizer(ABC):
         ``codes`` are floating point numbers and may be overwritten.
         """
 
+    @property
+    @abstractmethod
+    def aligned_unit(self) -> float:
+        """What :meth:`read_aligned` counts in, in units of the scale."""
+
+    @abstractmethod
+    def read_aligned(self, codes: Tensor, out: Tensor) -> None:
+        """Write what codes in the upper bits of bytes stand for, zero points aside.
+
+        Args:
+            codes: uint8, ``code * 2**(8 - bits)`` each, any shape.
+            out: of the same shape, floating point. A zero point counts as it is stored.
+        """
+
     def zero_levels(self, zero: Tensor) -> Tensor:
         """Return zero points in units of the scale, float32: what is taken from :meth:`levels`."""
         return zero.float() * (2.0**self.bits / 256)

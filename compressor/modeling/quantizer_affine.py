@@ -33,3 +33,12 @@ class AffineQuantizer(Quantizer):
     def levels(self, codes: Tensor) -> Tensor:
         """Return the codes themselves."""
         return codes
+
+    @property
+    def aligned_unit(self) -> float:
+        """Aligned codes count in the unit of zero points."""
+        return 2.0**self.bits / 256
+
+    def read_aligned(self, codes: Tensor, out: Tensor) -> None:
+        """Write the codes themselves."""
+        out.copy_(codes)

@@ -165,5 +165,5 @@ def test_a_short_text_is_told_of(tiny_tokenizer: Any, tmp_path: Path) -> None:
 
     training, _ = text.healing_windows(recipe, tiny_tokenizer, heard.append)
 
-    assert f"holds {len(training):,} sequences for training, not 10,000" in str(heard[0])
+    assert f"holds {len(training):,} sequences for training, not 40,000" in str(heard[0])
     assert all(isinstance(event, Warned) for event in heard)

@@ -3,7 +3,7 @@
     VDCOMPRESS_STANDINS=... python bench/two_windows.py
 
 For each stand-in the uncompressed model, the SVD start (which needs no data), the default start of
-V from 16 calibration windows, and keys and values in one latent for all heads from 4 of them.
+V from 8 calibration windows, and keys and values in one latent for all heads from 4 of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vdcompress.request import Request
 from vdcompress.rewrite import rewrite
 
 TEXT = "docs_dev"
-WINDOWS, SAMPLES = 2, 16
+WINDOWS, SAMPLES = 2, 8
 WIDTHS = {"pythia-70m-standin": 320, "llama-32m-standin": 80}
 SHARED = {"pythia-70m-standin": 192, "llama-32m-standin": 80}
 SHARED_SAMPLES = 4

@@ -34,18 +34,31 @@ def earlier_rows(name: str, *, out: Path | None = None) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, device, threads, date and commit."""
+    """Return versions, device, processor, threads, date and commit."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("VDCOMPRESS_COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _processor() -> str:
+    """Return its name, the vectors that torch uses there, and whether it has tiles."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    known = {key.strip(): value.strip() for key, value in found.items()}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    number = f", model {known['model']}" if "model" in known else ""
+    tiles = ", AMX" if "amx_tile" in known.get("flags", "") else ""
+    return f"{name}{number}, {torch.backends.cpu.get_cpu_capability()}{tiles}"
 
 
 def _git(*words: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Codes aligned for products, what quantisers read from them, and products of few rows."""
+"""Codes aligned for products, and what quantisers read from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from vdcompress.modeling.packed_products import scores, weighted_sum
 from vdcompress.modeling.packing import pack
 from vdcompress.modeling.quantizers import quantizer
 from vdcompress.modeling.schemes import SCHEMES, packed_width
-from vdcompress.modeling.thin_products import FEW, add_sums, dots, sums
 
 KNOWN = [(name, bits) for name, found in SCHEMES.items() for bits in found.bits]
 PER_TOKEN = [(name, bits) for name, bits in KNOWN if SCHEMES[name].token_block == 1]
@@ -64,27 +63,3 @@ def test_pieces_share_their_memory() -> None:
     starts, places = zip(*((start, some.data_ptr()) for start, _, some in levels), strict=True)
     assert len(starts) > 2
     assert len(set(places)) == 1
-
-
-@pytest.mark.parametrize("latents", [1, 3])
-@pytest.mark.parametrize("rows", [1, 8, FEW + 1])
-@pytest.mark.parametrize("tokens", [5, 2048, 5000])
-def test_products_of_few_rows(latents: int, rows: int, tokens: int) -> None:
-    x, query = torch.randn(latents, tokens, 24), torch.randn(latents, rows, 24)
-    weights = torch.rand(latents, rows, tokens) / tokens
-    expected = (weights.double() @ x.double()).float()
-    torch.testing.assert_close(dots(query, x), query @ x.mT, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sums(weights, x), expected, rtol=1e-4, atol=1e-5)
-    total = torch.ones(latents, rows, 24)
-    add_sums(total, weights, x)
-    torch.testing.assert_close(total, expected + 1, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_half_precision_with_room_between_latents(rows: int) -> None:
-    room = torch.randn(3, 300, 24).bfloat16()
-    x, query = room[:, :200], torch.randn(3, rows, 24).bfloat16()
-    weights = torch.rand(3, rows, 200).bfloat16() / 200
-    close = {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(dots(query, x).float(), query.float() @ x.float().mT, **close)
-    torch.testing.assert_close(sums(weights, x).float(), weights.float() @ x.float(), **close)

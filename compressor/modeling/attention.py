@@ -7,9 +7,9 @@ number divides the other.
 A prefill runs through torch's scaled dot product attention. On CPU its fast kernel wants equal
 widths, so the narrower side is padded with zeros for the call (the cache never holds them). One
 query against a CPU cache is two plain matrix products, which read the cache once and are faster
-than any kernel torch has there for unequal widths. Latents in few bits are attended where they are
-packed, by :mod:`packed_attention`. One query on CUDA is left to :mod:`triton_decode` where there is
-Triton.
+than any kernel torch has there for unequal widths; in half precision that kernel is faster where it
+takes the latents as they are. Latents in few bits are attended where they are packed, by
+:mod:`packed_attention`. One query on CUDA is left to :mod:`triton_decode` where there is Triton.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def latent_attention(  # noqa: PLR0917
         if found is not None:
             return found.transpose(1, 2), None
     on_cpu = query.device.type == "cpu"
-    if on_cpu and query.shape[2] == 1 and not query.requires_grad:
+    one = query.shape[2] == 1 and not query.requires_grad
+    if on_cpu and one and not _alike_in_half(query, key, value):
         output, _ = matmul_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout
         )
@@ -139,6 +140,11 @@ def _decoded(
     if 2 * (key.numel() + value.numel()) < WORTH_BYTES:
         return None
     return attend_exact(query, key, value, mask, scaling)
+
+
+def _alike_in_half(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether both sides have one latent per head, of one width, in half precision."""
+    return query.element_size() == 2 and key.shape == value.shape and key.shape[1] == query.shape[1]
 
 
 def _same_groups(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

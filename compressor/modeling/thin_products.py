@@ -10,12 +10,14 @@ from torch import Tensor
 
 FEW = 64  # rows
 TOKENS = 1024  # of a sum
+SEVERAL = 2  # rows in half precision: a product with one alone is slower
+MOST_ROOM = 1.5  # read with the tokens
 
 
 def dots(query: Tensor, latents: Tensor) -> Tensor:
     """Return the dot products [l, r, s] of [l, r, w] with [l, s, w]."""
-    if _one_by_one(query, latents):
-        return torch.stack([x @ own.mT for x, own in zip(query, latents, strict=True)])
+    if _room_between(query, latents):
+        return torch.bmm(_with_room(latents), query.mT)[:, : latents.shape[1]].mT
     if not 1 < query.shape[1] <= FEW or query.device.type != "cpu":
         return torch.bmm(query, latents.mT)
     return torch.bmm(latents, query.mT).mT
@@ -26,8 +28,10 @@ def sums(weights: Tensor, latents: Tensor) -> Tensor:
 
     In single precision many tokens of one latent are cut, so that every processor has some.
     """
-    if _one_by_one(weights, latents):
-        return torch.stack([x @ own for x, own in zip(weights, latents, strict=True)])
+    if _room_between(weights, latents):
+        several = weights.expand(-1, max(weights.shape[1], SEVERAL), -1).contiguous()
+        each = [x @ own for x, own in zip(several, latents, strict=True)]
+        return torch.stack(each)[:, : weights.shape[1]]
     alone = len(weights) == 1 and weights.device.type == "cpu"
     tokens = weights.shape[2]
     whole = tokens // TOKENS * TOKENS
@@ -48,10 +52,25 @@ def add_sums(total: Tensor, weights: Tensor, latents: Tensor) -> None:
         total += sums(weights, latents)
 
 
-def _one_by_one(rows: Tensor, latents: Tensor) -> bool:
-    """Whether one product for each latent is faster than one for all.
+def _room_between(rows: Tensor, latents: Tensor) -> bool:
+    """Whether these are few rows in half precision, and latents with room between them.
 
-    In half precision torch is slow at many matrices with room between them, as a cache has it.
+    A cache has room. Products of many such matrices in half precision are slow in torch: it copies.
     """
     half = latents.element_size() == 2 and latents.device.type == "cpu"
     return half and rows.shape[1] <= FEW and not latents.is_contiguous()
+
+
+def _with_room(latents: Tensor) -> Tensor:
+    """Return latents [l, s, w] with the room behind each, so that they lie without gaps.
+
+    A copy where the room is larger than a cache's, or the memory of the last one ends before.
+    """
+    count, tokens, width = latents.shape
+    between, gap = latents.stride()[:2]
+    room = between // width
+    end = latents.storage_offset() + count * between
+    lies = gap == width and between % width == 0 and latents.stride(2) == 1
+    if not lies or room > MOST_ROOM * tokens or end > latents.untyped_storage().nbytes() // 2:
+        return latents.contiguous()
+    return latents.as_strided((count, room, width), (between, width, 1))

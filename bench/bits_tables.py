@@ -13,6 +13,11 @@ from vdcompress.report import Table
 
 PARTS = {"v": "V", "k_nope": "K without RoPE", "k_rotary": "K with RoPE"}
 TEXTS = ("books_dev", "docs_dev")
+RIVALS = {  # what their rows are called
+    "quantized-caches": "{} cache of the original",
+    "peer-caches": "transformers, {}",
+    "simulated-peers": "{}",
+}
 
 
 def frontier(model: str) -> Table:
@@ -23,8 +28,9 @@ def frontier(model: str) -> Table:
     whole = base["bytes_per_token"]
     points = [(name, row["bytes_per_token"], row["texts"]) for name, row in rows.items()]
     points += [
-        (f"{row['cache']} cache of the original", row["bytes_per_token"], row["texts"])
-        for row in results(f"quantized-caches-{model}")["rows"]
+        (name.format(row["cache"]), round(row["bytes_per_token"]), row["texts"])
+        for kind, name in RIVALS.items()
+        for row in results(f"{kind}-{model}")["rows"]
     ]
     lost = {name: increase(texts, base["texts"]) for name, _, texts in points}
     best = {

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("model", choices=("llama-32m-standin", "pythia-70m-standin"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=token_sets.WINDOWS)
+    parser.add_argument("--only", default="", help="keep the rows whose names hold this")
     parser.add_argument("--chunk", type=int, default=64, help="tokens that are read at a time")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -47,7 +48,8 @@ def main() -> None:
     there = {row["cache"] for row in body["rows"]}
     for backend, axis in AXES.items():
         for bits in BITS:
-            if (row_name := f"{backend} int{bits}") in there:
+            row_name = f"{backend} int{bits}"
+            if row_name in there or options.only not in row_name:
                 continue
 
             def make(backend: str = backend, axis: int = axis, bits: int = bits) -> QuantizedCache:

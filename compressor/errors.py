@@ -44,6 +44,12 @@ class RecipeError(VDCompressError):
     """The recipe has an unknown key, a wrong value or a future version (exit 3)."""
 
 
+class OptionError(RecipeError):
+    """An option gives a recipe's key a value that no recipe takes (exit 2)."""
+
+    exit_code = 2
+
+
 class RunError(VDCompressError):
     """The run folder does not exist, is unfinished or is not empty (exit 3)."""
 

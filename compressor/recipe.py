@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from vdcompress.errors import RecipeError, UsageError, did_you_mean
+from vdcompress.errors import OptionError, RecipeError, UsageError, did_you_mean
 from vdcompress.healing.settings import HealSettings, Schedule, Target, Train
 from vdcompress.recipe_section import Count, Positive, Section, Seed, Share, Weight
 from vdcompress.scratch.section import ScratchSection
@@ -170,7 +170,7 @@ class Recipe(Section):
             overrides: ``{"plan.v_dim": 320, "model": "pythia-70m"}``; None keeps what stands.
 
         Raises:
-            RecipeError: for a key or a value that no recipe takes.
+            OptionError: for a key or a value that no recipe takes.
         """
         data = self.model_dump()
         for path, value in overrides.items():
@@ -181,7 +181,7 @@ class Recipe(Section):
                     target[section] = target.get(section) or {}
                     target = target[section]
                 target[key] = value
-        return parse(data, "these options")
+        return parse(data, "these options", OptionError)
 
     def healed_as(self, other: Recipe) -> Recipe:
         """Return this recipe with what another one says about healing and measuring.
@@ -223,12 +223,13 @@ def model_of(recipe: Recipe) -> str:
     return recipe.model
 
 
-def parse(data: Any, origin: str) -> Recipe:
+def parse(data: Any, origin: str, wrong: type[RecipeError] = RecipeError) -> Recipe:
     """Read a recipe from plain values.
 
     Args:
         data: what the YAML holds, a mapping.
         origin: what to call it in errors.
+        wrong: what is raised.
 
     Raises:
         RecipeError: naming everything that is wrong.
@@ -240,7 +241,7 @@ def parse(data: Any, origin: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(_problem(detail) for detail in error.errors())
-        raise RecipeError(f"{origin}: {problems}", "see: vdcompress recipes show NAME") from error
+        raise wrong(f"{origin}: {problems}", "see: vdcompress recipes show NAME") from error
 
 
 def load_recipe(name: str | Path) -> Recipe:

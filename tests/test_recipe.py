@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from vdcompress.cli.options import Allocation, Refit, Target
-from vdcompress.errors import RecipeError
+from vdcompress.errors import OptionError, RecipeError
 from vdcompress.healing.settings import HealSettings
 from vdcompress.pipeline.settings import heal_settings
 from vdcompress.recipe import (
@@ -173,5 +173,6 @@ def test_a_missing_file_is_said() -> None:
 
 
 def test_overrides_are_checked_like_files() -> None:
-    with pytest.raises(RecipeError, match=r"calibration\.samples"):
+    with pytest.raises(OptionError, match=r"calibration\.samples") as caught:
         Recipe().merged({"calibration.samples": -1})
+    assert caught.value.exit_code == 2

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vdcompress.errors import UsageError
+from vdcompress.errors import OptionError, UsageError
 from vdcompress.recipe import Recipe, parse
 
 AXES = {
@@ -57,7 +57,7 @@ def variants(recipe: Recipe, axes: Axes) -> tuple[Recipe, ...]:
 
     Raises:
         UsageError: a list is empty, or its name is unknown.
-        RecipeError: for a value that no recipe takes.
+        OptionError: for a value that no recipe takes.
     """
     for name, values in axes.items():
         if name not in AXES:
@@ -110,4 +110,4 @@ def _with(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     for name, value in values.items():
         section, key = AXES[name].split(".")
         data[section][key] = value
-    return parse(data, "these options")
+    return parse(data, "these options", OptionError)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from vdcompress.modeling import thin_products
 from vdcompress.modeling.attention import latent_attention, matmul_attention
 from vdcompress.modeling.cache import GrowingLayer
 from vdcompress.modeling.thin_products import FEW, add_sums, dots, sums
@@ -28,7 +29,11 @@ def test_products_of_few_rows(latents: int, rows: int, tokens: int) -> None:
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("tokens", [250, 500])
 @pytest.mark.parametrize("first", [0, 30])
-def test_half_precision_with_room_between_latents(rows: int, tokens: int, first: int) -> None:
+@pytest.mark.parametrize("tiles", [True, False])
+def test_half_precision_with_room_between_latents(
+    rows: int, tokens: int, first: int, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thin_products, "multiplies_tiles", lambda: tiles)
     room = torch.full((3, tokens, 24), torch.nan).bfloat16()
     room[:, first : first + 200] = torch.randn(3, 200, 24)
     x, query = room[:, first : first + 200], torch.randn(3, rows, 24).bfloat16()
@@ -50,3 +55,17 @@ def test_one_query_in_half_precision(g: int, k: int, v: int, masked: bool) -> No
     expected, _ = matmul_attention(module, *exact, mask, scaling=0.125)
     output, _ = latent_attention(module, query, *found, mask, scaling=0.125)
     torch.testing.assert_close(output.double(), expected, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(250, 0), (500, 0), (250, 30)])
+def test_latents_are_read_with_their_room_or_where_they_lie(
+    tokens: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thin_products, "multiplies_tiles", lambda: True)
+    x = torch.randn(3, tokens, 24).bfloat16()[:, first : first + 200]
+    whole = thin_products._with_room(x)
+    if (tokens, first) == (250, 0):
+        assert whole is not None
+        assert (whole.shape, whole.data_ptr()) == ((3, 250, 24), x.data_ptr())
+    else:
+        assert whole is None

@@ -8,6 +8,7 @@ run.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -199,9 +200,10 @@ def vllm_commands(found: Sequence[Verdict], folder: str) -> list[str]:
     serves = [verdict for verdict in found if verdict.engine == VLLM and verdict.serves]
     if not serves:
         return []
+    serve = shlex.join(("vllm", "serve", str(folder)))
     if all(verdict.own_code for verdict in serves):
-        return ["pip install vdcompress    # beside vLLM: its plugin", f"vllm serve {folder}"]
-    return [f"vllm serve {folder} --trust-remote-code"]
+        return ["pip install vdcompress    # beside vLLM: its plugin", serve]
+    return [f"{serve} --trust-remote-code"]
 
 
 def vllm_problems(layers: Sequence[LayerLayout]) -> list[str]:
@@ -244,10 +246,13 @@ def common(width: int) -> bool:
 def tokens_per_gib(layers: Sequence[LayerLayout], ranks: int) -> int:
     """Return how many tokens a GiB of each rank's memory holds under tensor parallelism.
 
-    A latent is never cut: with more ranks than groups each rank keeps one, replicated.
+    A latent is never cut: with more ranks than groups each rank keeps one, replicated. Engines that
+    have ranks keep packed latents in 16 bits.
     """
     per_rank = sum(
-        replace(part, groups=-(-part.groups // ranks)).cache_bytes(TYPICAL_TOKENS)
+        replace(part, groups=-(-part.groups // ranks), bits=16, quantizer=None).cache_bytes(
+            TYPICAL_TOKENS
+        )
         for layer in layers
         for part in layer.parts
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vdcompress import serving
@@ -50,6 +52,13 @@ def test_latents_are_replicated_beyond_their_groups() -> None:
     assert serving.tokens_per_gib(shared, 1) == serving.tokens_per_gib(shared, 8)
     heads = [layer(64, 40)]
     assert serving.tokens_per_gib(heads, 8) == 2**30 // (2 * (64 + 40))
+
+
+def test_ranks_keep_packed_latents_in_16_bits() -> None:
+    exact = layer(64, 40)
+    packed = replace(exact, v=replace(exact.v, bits=4, quantizer="per_token"))
+    assert packed.packed
+    assert serving.tokens_per_gib([packed], 1) == serving.tokens_per_gib([exact], 1)
 
 
 def test_two_layouts_are_two_whatever_their_numbers() -> None:

@@ -15,6 +15,7 @@ from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
 from vdcompress.cli.values import recipe_from
 from vdcompress.cli.values import size as read_size
+from vdcompress.runs import command
 
 
 def register(app: typer.Typer) -> None:
@@ -214,4 +215,4 @@ def apply(
             max_memory=most,
             on_event=out.display,
         )
-        show_run(out, results, f"next: vdcompress finetune {results['run']}")
+        show_run(out, results, f"next: {command('finetune', results['run'])}")

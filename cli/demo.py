@@ -12,6 +12,7 @@ from vdcompress.cli import options as o
 from vdcompress.cli.output import Flags, Output
 from vdcompress.cli.session import session
 from vdcompress.cli.show import printable
+from vdcompress.runs import command
 
 FOLDER = Path("vdcompress-demo")
 NEXT = """next, on your own model (a folder, an alias or a hub id):
@@ -65,12 +66,12 @@ def carry_out(folder: Path, out: Output) -> dict[str, Any]:
     recipe = load_recipe("demo")
     seconds: dict[str, float] = {}
     compressed, healed = folder / "compressed", folder / "healed"
-    out.note(f"vdcompress apply --recipe demo -o {compressed}")
+    out.note(command("apply", "--recipe", "demo", "-o", compressed))
     applied = apply_recipe(recipe, output=compressed, force=True, on_event=out.display)
-    out.note(f"vdcompress finetune {compressed} -o {healed}")
+    out.note(command("finetune", compressed, "-o", healed))
     job = new_job(compressed, output=healed, force=True)
     finetuned = finetune_run(job, force=True, on_event=out.display)
-    out.note(f"vdcompress export {healed} -o {folder / 'export'}")
+    out.note(command("export", healed, "-o", folder / "export"))
     exported = export_run(healed, output=folder / "export", force=True, on_event=out.display)
     for part in (applied, finetuned, exported):
         for stage, took in part["seconds"].items():

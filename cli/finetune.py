@@ -13,6 +13,7 @@ from vdcompress.cli.session import session
 from vdcompress.cli.show import show_run
 from vdcompress.cli.values import device as resolve_device
 from vdcompress.cli.values import positions as read_positions
+from vdcompress.runs import command
 
 MACHINE = "Machine"
 
@@ -176,4 +177,4 @@ def finetune(
         kept.partial = job.partial
         results = finetune_run(job, force=force, device=where, on_event=out.display)
         if processes.is_main():
-            show_run(out, results, f"next: vdcompress export {results['run']}")
+            show_run(out, results, f"next: {command('export', results['run'])}")

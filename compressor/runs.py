@@ -7,6 +7,7 @@ way keeps its checkpoints in ``<run>.partial``; nothing that is unfinished is ta
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,10 +56,15 @@ def finished_of(partial: Path) -> Path:
     return partial.with_name(partial.name.removesuffix(PARTIAL))
 
 
+def command(*words: str | Path) -> str:
+    """Return what a user types for a command of ours, names quoted where a shell needs it."""
+    return shlex.join(("vdcompress", *map(str, words)))
+
+
 def resuming(partial: Path) -> str:
     """Return the command that continues an interrupted run."""
     verb = "train" if (partial / FROM_SCRATCH).is_file() else "finetune"
-    return f"vdcompress {verb} --resume {partial}"
+    return command(verb, "--resume", partial)
 
 
 def finished(root: Path = ROOT) -> list[Path]:

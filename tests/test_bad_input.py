@@ -345,6 +345,13 @@ def test_an_interrupted_finetune_keeps_its_checkpoints_and_resumes(
         f"hint: continue with: vdcompress finetune --resume {partial}",
     ]
     assert vdcompress("export", partial).code == 3
+    whose = (partial / "heal.json").read_bytes()
+    (partial / "heal.json").write_bytes(whose[:10])
+    damaged = vdcompress("finetune", "--resume")
+    assert damaged.code == 3
+    assert "no readable heal.json" in damaged.err
+    assert "continue with" not in damaged.err
+    (partial / "heal.json").write_bytes(whose)
     resumed = vdcompress("finetune", "--resume", "--json")
     assert resumed.code == 0, resumed.err
     [run] = Path("runs").iterdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_an_interrupted_run_says_how_to_continue(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="was interrupted") as caught:
             runs.resolve(name, tmp_path)
         assert f"--resume {partial}" in caught.value.hint
+
+
+def test_commands_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    partial = tmp_path / "my run.partial"
+    assert shlex.split(runs.resuming(partial)) == [
+        "vdcompress",
+        "finetune",
+        "--resume",
+        str(partial),
+    ]
+    assert runs.command("export", "runs/plain") == "vdcompress export runs/plain"
 
 
 def test_an_interrupted_finetune_is_found_by_what_it_heals(tmp_path: Path) -> None:

@@ -31,10 +31,26 @@ def claim(folder: Path, identity: dict[str, Any], *, resume: bool) -> None:
         if any_in(folder):
             if not resume:
                 raise RunError(f"{folder} has checkpoints already", "resume, or take a new folder")
-            _compare(json.loads((folder / IDENTITY).read_text()), identity, folder)
+            _compare(identity_of(folder), identity, folder)
         write_atomically(folder / IDENTITY, json.dumps(identity, indent=1))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot use {folder} for checkpoints: {error}") from error
+
+
+def identity_of(folder: Path) -> dict[str, Any]:
+    """Read whose checkpoints lie in a folder.
+
+    Raises:
+        RunError: nothing readable says it.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / IDENTITY).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"the checkpoints in {folder} have no readable {IDENTITY}: {error}",
+            "nothing says whose they are: delete the folder and start again",
+        ) from error
+    return found
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

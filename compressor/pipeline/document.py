@@ -14,6 +14,7 @@ from vdcompress.errors import QualityGateError
 from vdcompress.events import Event, OnEvent, StageEnded
 from vdcompress.plan import Plan
 from vdcompress.recipe import Recipe
+from vdcompress.runs import command
 
 if TYPE_CHECKING:
     from vdcompress.cache_size import CacheSize
@@ -184,7 +185,7 @@ def require_gate(results: dict[str, Any]) -> None:
             f"quality gate missed: perplexity is {gate['ratio']:.4f} times the base's, "
             f"the recipe allows {gate['max_ratio']:g}",
             f"the artefact is kept in {folder} and marked; heal it with: "
-            f"vdcompress finetune {folder}",
+            + command("finetune", folder),
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vdcompress import runs
+from vdcompress.healing.checkpoints import any_in, identity_of
 from vdcompress.healing.trackers import require
 from vdcompress.pipeline.partials import claim, save_state, saved_state
 from vdcompress.pipeline.results import read_recipe
@@ -50,6 +51,8 @@ class Job:
             RunError: it is missing or damaged, or the run that it healed is gone.
         """
         recipe, state = saved_state(partial, STATE)
+        if any_in(partial):
+            identity_of(partial)
         return cls(runs.resolve(state["run"]), recipe, runs.finished_of(partial), resume=True)
 
 

@@ -114,6 +114,7 @@ def main() -> None:
             "predicted": sum(sum(layer.values()) for layer in lost),
             "layers": [layer.to_json() for layer in plan.layers],
             **measured(rewrite(base, plan, statistics), texts, options),
+            "environment": record.environment(),
         }
         body["rows"].append(made)
         figures = " / ".join(f"{text['perplexity']:.3f}" for text in made["texts"].values())

@@ -64,7 +64,7 @@ def main() -> None:
                 "cache": row_name,
                 "bytes_per_token": bytes_per_token(model, make, options.chunk),
             }
-            body["rows"].append(row | {"texts": found})
+            body["rows"].append(row | {"texts": found, "environment": record.environment()})
             figures = " / ".join(f"{text['perplexity']:.3f}" for text in found.values())
             print(row_name, row["bytes_per_token"], figures, flush=True)
             record.write(name, body, out=options.out)

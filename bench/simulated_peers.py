@@ -68,7 +68,8 @@ def main() -> None:
             size, way = palu.bytes_per_token(share, bits), palu.applied(share, bits)
         with way:
             found = measured(base.model, texts, options)["texts"]
-        body["rows"].append({"cache": row_name, "bytes_per_token": size, "texts": found})
+        row = {"cache": row_name, "bytes_per_token": size, "texts": found}
+        body["rows"].append(row | {"environment": record.environment()})
         print(row_name, size, *(f"{x['perplexity']:.3f}" for x in found.values()), flush=True)
         record.write(name, body, out=options.out)
 
@@ -112,8 +113,8 @@ class Palu:
         found = {(i, side): square.clone() for i in range(self.base.shape.layers) for side in SIDES}
 
         def take(layer: int, side: str, x: Tensor) -> Tensor:
-            flat = x.flatten(0, 1).transpose(0, 1)
-            found[layer, side] += (flat.mT @ flat).double().cpu()
+            flat = x.flatten(0, 1).transpose(0, 1).double()
+            found[layer, side] += (flat.mT @ flat).cpu()
             return x
 
         with self._changed(take):

@@ -297,17 +297,17 @@ class Launcher:
     """How the program is started.
 
     Attributes:
-        through: the module that starts several processes, with its options; empty for one.
+        through: the module that starts several processes, with its options.
         environment: of all of them.
     """
 
-    through: tuple[str, ...] = ()
+    through: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        several = ("-m", *self.through) if self.through else ()
+        program = ("-m", *self.through, "-m", "vdcompress.cli", "finetune")
         return subprocess.Popen(
-            [sys.executable, *several, "-m", "vdcompress.cli", "finetune", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             env=os.environ | self.environment | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 import conftest
 import test_heal
@@ -105,6 +105,7 @@ def in_process(rank: int, port: int, task: Task, results: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": COUNT, "LOCAL_WORLD_SIZE": COUNT}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it listens before the processes start
     os.environ.update(FSDP if task.sharded else {})
     torch.set_num_threads(1)
     count_shards()
@@ -157,11 +158,9 @@ def server() -> Iterator[Server]:
 def together(server: Server, task: Task, results: Path) -> list[Ended] | None:
     """Run a task in all processes; None if one died, which ends the others, as launchers do."""
     results.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     started = [
-        server.Process(target=in_process, args=(rank, port, task, results), daemon=True)
+        server.Process(target=in_process, args=(rank, store.port, task, results), daemon=True)
         for rank in range(COUNT)
     ]
     for process in started:
@@ -320,25 +319,23 @@ class Launcher:
         return conftest.Ended(process.returncode, out, err)
 
 
-TORCHRUN = ("torch.distributed.run", "--nproc-per-node", str(COUNT))
-ACCELERATE = ("accelerate.commands.launch", "--num_processes", str(COUNT))
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(COUNT))
+ACCELERATE = (
+    *("accelerate.commands.launch", "--num_processes", str(COUNT)),
+    *("--main_process_port", "0"),  # one that is free
+)
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}  # accelerate's own --cpu starts one process
-LAUNCHERS = {
-    "data parallel": Launcher(TORCHRUN),
-    "sharded": Launcher(TORCHRUN, FSDP),
-    "accelerate, data parallel": Launcher((*ACCELERATE, "--multi_gpu"), ON_CPU),
-    "accelerate, sharded": Launcher((*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"), ON_CPU),
-}
+BY_ACCELERATE = Launcher((*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"), ON_CPU)
+BY_TORCHRUN = {"data parallel": Launcher(TORCHRUN), "sharded": Launcher(TORCHRUN, FSDP)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["accelerate, data parallel", "accelerate, sharded"])
-def test_the_program_under_a_launcher_writes_and_prints_once(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_the_program_under_accelerate_writes_and_prints_once(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other launchers are tested below."""
+    """Torchrun's processes are tested below."""
     monkeypatch.chdir(tmp_path)
-    launcher = LAUNCHERS[name]
+    launcher = BY_ACCELERATE
     heal_it = ("--samples", "16", "--seq-len", "32", "--epochs", "1", "--batch-size", "8")
 
     ended = launcher.run(tiny_run, *heal_it, "--json")
@@ -356,22 +353,20 @@ def test_the_program_under_a_launcher_writes_and_prints_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["data parallel", "sharded"])
+@pytest.mark.parametrize("name", sorted(BY_TORCHRUN))
 def test_the_program_killed_at_any_step_and_resumed_is_never_killed(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    launcher = LAUNCHERS[name]
+    launcher = BY_TORCHRUN[name]
     straight = launcher.run(tiny_run, *MANY_STEPS, "-o", "straight", "--json")
     assert straight.code == 0, straight.err
-    last = random.randrange(1, STEPS)
+    assert straight.err.count("Epoch 1: train_ppl=") == 1
+    last = random.randrange(2, STEPS)  # nothing is kept before the first one is whole
     process = launcher.start(tiny_run, *MANY_STEPS, "-o", "killed")
-    while process.poll() is None and not Path(f"killed.partial/checkpoint-{last}").exists():
-        time.sleep(0.001)
-    victim = random.choice(psutil.Process(process.pid).children())
-    victim.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode != 0
+
+    kill_one(process, Path(f"killed.partial/checkpoint-{last}"))
+
     assert not Path("killed").exists(), last
 
     resumed = launcher.run("--resume", "killed.partial", "--json")
@@ -382,6 +377,18 @@ def test_the_program_killed_at_any_step_and_resumed_is_never_killed(
     healing = [untimed(ended.json["healing"]) for ended in (straight, resumed)]
     assert healing[0] == healing[1], last
     assert not Path("killed.partial").exists()
+
+
+def kill_one(process: subprocess.Popen[str], checkpoint: Path) -> None:
+    """Kill one of a launcher's processes while a checkpoint is written, or just after it."""
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.001)
+    running = psutil.Process(process.pid).children() if process.poll() is None else []
+    if running:
+        random.choice(running).kill()
+    _, err = process.communicate()
+    assert running, err
+    assert process.returncode != 0
 
 
 def untimed(healing: dict[str, Any]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_contracts_hold_in_a_grown_copy(tmp_path: Path, tiny_tokenizer: Any) -> 
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout
 
-    options = ["-q", "-p", "no:cacheprovider", "-k", new, "--rootdir", ROOT]
+    options = ["-q", "-n", "0", "-p", "no:cacheprovider", "-k", new, "--rootdir", ROOT]
     said = run("-m", "pytest", *options, *contracts)
     assert int(re.search(r"(\d+) passed", said)[1]) > 80
     folder = save_mistral(tmp_path / "base", tiny_tokenizer)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cells import results
+from cells import asked_words, results
 
 from vdcompress.modeling.schemes import SCHEMES
 from vdcompress.report import Table
@@ -27,6 +27,7 @@ def frontier(model: str) -> Table:
     base = rows.pop("uncompressed")
     whole = base["bytes_per_token"]
     points = [(name, row["bytes_per_token"], row["texts"]) for name, row in rows.items()]
+    points += [point for point in repaired(model) if point[0] not in rows]
     points += [
         (name.format(row["cache"]), round(row["bytes_per_token"]), row["texts"])
         for kind, name in RIVALS.items()
@@ -36,7 +37,7 @@ def frontier(model: str) -> Table:
     best = {
         name
         for name, size, _ in points
-        if not any(other < size and lost[n] <= lost[name] for n, other, _ in points if n != name)
+        if not any(beats(p, size, lost[name], lost) for p in points)
     }
     cells = [("*uncompressed*", f"{whole:,}", "100.0%", figures(base["texts"]), "", "")]
     for name, size, texts in sorted(points, key=lambda point: (-point[1], lost[point[0]])):
@@ -53,6 +54,24 @@ def frontier(model: str) -> Table:
         )
     header = ("cache", "bytes per token", "of fp16", "books / docs", "increase", "predicted")
     return Table("", header, tuple(cells))
+
+
+def beats(point: tuple[str, int, Any], size: int, increase: float, lost: dict[str, float]) -> bool:
+    """Say whether a point has fewer bytes and no greater loss, or as many and a smaller loss."""
+    name, other, _ = point
+    return (other < size and lost[name] <= increase) or (other == size and lost[name] < increase)
+
+
+def repaired(model: str) -> list[tuple[str, int, dict[str, Any]]]:
+    """Return the starts of the healed budgets: name, bytes per token, texts."""
+    return [
+        (
+            f"{asked_words(row['asked'])}, repaired",
+            row["bytes_per_token"],
+            row["training_free"],
+        )
+        for row in results(f"healing-targets-{model}-bits")["rows"]
+    ]
 
 
 def increase(texts: dict[str, Any], base: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bits_tables import increase
 from cells import ROOT, asked_words, changes, figures, held_out_kl, results
 
 from vdcompress.report import Table
@@ -97,20 +98,69 @@ def _target(row: Row, found: dict[str, Any]) -> tuple[str, ...]:
     return (asked_words(row["asked"]), str(size), share, *ends, *chosen)
 
 
-def long(model: str) -> Table:
-    """Validation perplexity after each pass over the training text."""
-    found = results(f"healing-targets-{model}-long")
-    most = max(len(row["epochs"]) for row in found["rows"])
+def bits(model: str) -> Table:
+    """Perplexity with widths and bits from one budget, before and after healing both together."""
+    found = results(f"healing-targets-{model}-bits")
+    base = found["base"]
     rows = []
-    for row in found["rows"]:
+    for row in sorted(found["rows"], key=lambda row: row["reduction"]):
+        free, healed = row["training_free"], row["healed"]
+        ends = [cell for texts in (free, healed) for cell in _lost(texts, base)]
+        rate = f"{row['settings']['learning_rate']:g}" if row["best_epoch"] else "not better"
+        size = (f"{row['bytes_per_token']:,}", f"{1 - row['reduction']:.1%}")
+        rows.append((asked_words(row["asked"]), *size, *ends, rate))
+    first = ("*uncompressed*", f"{found['base_bytes_per_token']:,}", "100.0%", figures(base))
+    ways = ("no training", "increase", "healed", "increase", "rate")
+    blank = ("",) * (len(ways) - 1)
+    return Table("", ("setting", "bytes per token", "of fp16", *ways), ((*first, *blank), *rows))
+
+
+def _lost(texts: dict[str, Any], base: dict[str, Any]) -> tuple[str, str]:
+    return figures(texts), f"{increase(texts, base):+.2%}"
+
+
+def balance(model: str) -> Table:
+    """Show what drawing short documents more often does to one setting."""
+    drawn = results(f"healing-balance-{model}")["rows"]
+    names = {row["name"] for row in drawn}
+    alike = [row for row in results(f"healing-targets-{model}")["rows"] if row["name"] in names]
+    rows = []
+    for row in (*alike, *drawn):
+        words = "all windows alike" if row.get("balance", 1) == 1 else "documents by their root"
+        weight = f"{row['settings']['hidden_weight']:g}"
+        ends = (figures(row["healed"]), held_out_kl(row["healed"]))
+        rows.append((asked_words(row["asked"]), words, weight, *ends))
+    measured = ("books / docs / wikitext2", "KL on held-out books / documents")
+    header = ("setting", "what is drawn", "weight of hidden states", *measured)
+    return Table("", header, tuple(rows), words=2)
+
+
+def long(model: str) -> Table:
+    """Validation perplexity after each pass over the training text, of all its files."""
+    found = [row for name in long_names(model) for row in results(name)["rows"]]
+    most = max(len(row["epochs"]) for row in found)
+    rows = []
+    for row in found:
+        settings = row["settings"]
+        way = f"{settings['train']}, {settings['learning_rate']:g}"
         course = [f"{epoch['val_ppl']:.3f}" for epoch in row["epochs"]]
         course += [""] * (most - len(course))
         start = f"{row['initial_val_ppl']:.3f}"
-        tokens = f"{row['tokens_seen'] / MILLION:.1f}M"
-        rows.append((asked_words(row["asked"]), start, *course, tokens, figures(row["healed"])))
+        ends = (f"{row['tokens_seen'] / MILLION:.1f}M", figures(row["healed"]))
+        rows.append((asked_words(row["asked"]), way, start, *course, *ends))
     passes = (f"pass {number}" for number in range(1, most + 1))
-    header = ("setting", "start", *passes, "tokens", "books / docs / wikitext2")
-    return Table("", header, tuple(rows))
+    ways = ("setting", "trained, rate", "start")
+    header = (*ways, *passes, "tokens", "books / docs / wikitext2 at the best")
+    return Table("", header, tuple(rows), words=2)
+
+
+def long_names(model: str) -> list[str]:
+    """Return the files of healing over several passes."""
+    stem = f"healing-targets-{model}-long"
+    names = sorted(path.stem for path in (ROOT / "bench" / "results").glob(f"{stem}*.json"))
+    if not names:
+        raise FileNotFoundError(stem)
+    return names
 
 
 def starts() -> Table:
@@ -163,6 +213,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "healing-llama": lambda: targets(LLAMA),
     "healing-pythia-held-out": lambda: targets(PYTHIA, divergences=True),
     "healing-llama-held-out": lambda: targets(LLAMA, divergences=True),
+    "healing-bits-pythia": lambda: bits(PYTHIA),
+    "healing-bits-llama": lambda: bits(LLAMA),
+    "healing-balance": lambda: balance(PYTHIA),
     "healing-long": lambda: long(PYTHIA),
     "healing-starts": starts,
     "healing-speed": speed,

@@ -80,7 +80,7 @@ def inspect(
         from vdcompress import runs
 
         if data is None:
-            _require_no_plot(output)
+            _require_no_energy(output, groups)
             from vdcompress.pipeline.inspection import inspect_model
 
             target = model or str(runs.latest())
@@ -112,6 +112,8 @@ def inspect(
         show_inspection(out, found | {"plot": None if output is None else str(output)})
 
 
-def _require_no_plot(output: Path | None) -> None:
+def _require_no_energy(output: Path | None, groups: int | None) -> None:
+    if groups is not None:
+        raise UsageError("--groups without text: there are no latents to show", "add: --data TEXT")
     if output is not None:
         raise UsageError("there is no energy to draw without text", "add: --data TEXT")

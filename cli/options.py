@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vdcompress.healing.settings import MOST_EPOCHS
+
 KEPT = "What the cache keeps"
 WHAT = "What"
 DATA = "Data"
@@ -141,7 +143,9 @@ Seed = Annotated[
 
 Epochs = Annotated[
     int | None,
-    typer.Option("--epochs", min=1, rich_help_panel=HEALING, help="At most so many."),
+    typer.Option(
+        "--epochs", min=1, max=MOST_EPOCHS, rich_help_panel=HEALING, help="At most so many."
+    ),
 ]
 Patience = Annotated[
     int | None,
@@ -154,7 +158,7 @@ Patience = Annotated[
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option("--learning-rate", min=0.0, rich_help_panel=HEALING, help="Of AdamW."),
+    typer.Option("--learning-rate", rich_help_panel=HEALING, help="Of AdamW, above 0."),
 ]
 BatchSize = Annotated[
     int | None,

@@ -23,11 +23,11 @@ def register(app: typer.Typer) -> None:
 
 
 @recipes_app.callback()
-def recipes(context: typer.Context, json: o.Json = False) -> None:
+def recipes(context: typer.Context, json: o.Json = False, debug: o.Debug = False) -> None:
     """List the recipes that come with vdcompress; use one with: --recipe NAME."""
     if context.invoked_subcommand:
         return
-    with session(Flags(json)) as out:
+    with session(Flags(json, debug=debug)) as out:
         from vdcompress.recipe import load_recipe, shipped
 
         found = [load_recipe(name) for name in shipped()]
@@ -54,9 +54,9 @@ def recipes(context: typer.Context, json: o.Json = False) -> None:
 
 
 @recipes_app.command()
-def show(name: Name, json: o.Json = False) -> None:
+def show(name: Name, json: o.Json = False, debug: o.Debug = False) -> None:
     """Print a recipe with every default filled in; save it, change it, use it."""
-    with session(Flags(json)) as out:
+    with session(Flags(json, debug=debug)) as out:
         from vdcompress.recipe import load_recipe
 
         recipe = load_recipe(name)
@@ -69,12 +69,12 @@ def show(name: Name, json: o.Json = False) -> None:
 
 
 @recipes_app.command()
-def check(name: Name, json: o.Json = False) -> None:
+def check(name: Name, json: o.Json = False, debug: o.Debug = False) -> None:
     """Read a recipe strictly, and say what it would build.
 
     Parameters, widths and bytes per token, from the model's config alone.
     """
-    with session(Flags(json)) as out:
+    with session(Flags(json, debug=debug)) as out:
         from vdcompress.pipeline.checking import check_recipe
         from vdcompress.recipe import load_recipe
 

@@ -17,6 +17,7 @@ from vdcompress import families, hub
 from vdcompress.errors import ModelError, did_you_mean
 from vdcompress.families.base import Family
 from vdcompress.plan import DTYPE_BYTES, ModelShape
+from vdcompress.shards import AGAIN
 
 DEMO = "demo"
 TOKENIZER_FILES = (
@@ -129,14 +130,12 @@ def read_weights(
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(
-            f"the weights in {folder} cannot be read: {reason}", "download the checkpoint again"
-        ) from error
+        raise ModelError(f"the weights in {folder} cannot be read: {reason}", AGAIN) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"the weights in {folder} lack {len(missing)} tensors, the first is {missing[0]}",
-            "download the checkpoint again",
+            AGAIN,
         )
     if not surplus and info["unexpected_keys"]:
         raise ModelError(
@@ -190,7 +189,7 @@ def require_weights(folder: Path) -> None:
             raise ModelError(f"{index.name} in {folder} cannot be read") from error
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
-            raise ModelError(f"{folder} lacks the shard {absent[0]}", "download it again")
+            raise ModelError(f"{folder} lacks the shard {absent[0]}", AGAIN)
 
 
 def _read_config(identity: str, folder: Path, commit: str | None) -> BaseConfig:

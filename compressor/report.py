@@ -49,13 +49,15 @@ def summary(results: Results) -> Table:
     perplexity = results.get("perplexity") or {}
     healed = perplexity.get("healed") is not None
     whole, narrow = cache["base_bytes_per_token"], cache["bytes_per_token"]
+    planned: list[float | None] = [whole, *[narrow] * (1 + healed)]
     found: list[tuple[str, Form, list[float | None]]] = [
         ("parameters", count, [parameters["base"], *[parameters["compressed"]] * (1 + healed)]),
-        ("cache, bytes per token", count, [whole, *[narrow] * (1 + healed)]),
+        (_of_tokens("cache, bytes per token", results, TYPICAL_TOKENS), count, planned),
     ]
     if (measured := cache.get("measured")) is not None:
         sizes = [measured["bytes_per_token"]] * (1 + healed)
-        found.append(("  measured after generate()", count, [whole, *sizes]))
+        title = _of_tokens("  measured after generate()", results, measured["tokens"])
+        found.append((title, count, [whole, *sizes]))
     if perplexity:
         names = ("base", "compressed", "healed") if healed else ("base", "compressed")
         found.append(("perplexity", ppl, [perplexity.get(name) for name in names]))
@@ -68,6 +70,13 @@ def summary(results: Results) -> Table:
         rows.append(("KL to the base, nats per token", NONE, *distances, ""))
     header = ("", "base", "compressed", *(["healed"] if healed else []), "change")
     return Table("", header, tuple(rows))
+
+
+def _of_tokens(title: str, results: Results, tokens: int) -> str:
+    """Say of how many tokens bytes are a share, where that matters: some of them are not packed."""
+    plan = results.get("plan") or {"layers": ()}
+    packed = any(LayerLayout.from_json(layer).packed for layer in plan["layers"])
+    return f"{title}, of {count(tokens)} tokens" if packed else title
 
 
 def positions(results: Results) -> Table | None:
@@ -129,6 +138,8 @@ def spent(plan: Results, predicted: Results | None = None) -> Table:
     last: tuple[str, ...] = ("all", *map(count, total), count(sum(total)))
     header: tuple[str, ...] = ("layers", "V", "K", "K rotary", "bytes")
     title = "bytes per token"
+    if plan["sinks"] or plan["window"]:
+        title += " that is packed"
     if predicted:
         title += ", and predicted loss"
         header += ("loss of V", "of K", "of K rotary", "nats")

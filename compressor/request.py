@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vdcompress.errors import PlanError
-from vdcompress.modeling.layout import BITS
+from vdcompress.modeling.layout import BITS, TYPICAL_TOKENS
 
 if TYPE_CHECKING:
     from vdcompress.plan import ModelShape
@@ -236,6 +236,9 @@ class Request:
                 found.append(f"{name} {tokens} is below zero")
             if tokens and not self.packs:
                 found.append(f"{name} without bits: every token stays in 16 bits")
+        exact = (self.sinks or 0) + (self.window or 0)
+        if self.packs and exact >= TYPICAL_TOKENS:
+            found.append(f"sinks and window leave none of {TYPICAL_TOKENS:,} tokens to be packed")
         if self.bits == AUTO and self.kv_budget is None:
             found.append("bits auto needs a kv_budget to spend")
         if self.packs and self.target == VLLM:

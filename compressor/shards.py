@@ -33,7 +33,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 100_000_000
 BLOCK_BYTES = 64_000_000
-AGAIN = "download the checkpoint again"
+AGAIN = "download the checkpoint again, or make it again if it is a run"
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_truncated_weights(
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     ended = vdcompress("apply", folder, *APPLY, "--data", text_file)
-    assert_refused(ended, 3, "cannot be read")
+    assert_refused(ended, 3, "cannot be read", "make it again if it is a run")
 
 
 def test_weights_with_nan(
@@ -245,6 +245,15 @@ def test_an_output_folder_that_holds_a_run(vdcompress: Vdcompress, tiny_run: Pat
     assert_refused(vdcompress("export", tiny_run, "-o", tiny_run), 3, "--force")
 
 
+def test_a_finetune_that_would_replace_what_it_heals(
+    vdcompress: Vdcompress, tiny_run: Path
+) -> None:
+    before = (tiny_run / "results.json").read_bytes()
+    ended = vdcompress("finetune", tiny_run, "-o", tiny_run, "--force")
+    assert_refused(ended, 3, "is what is to be healed", "name another folder")
+    assert (tiny_run / "results.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("v_dim", "says"),
     [
@@ -270,6 +279,7 @@ def test_widths_that_do_not_fit(
         (["--v-dim", "32", "--device", "toaster"], "not a device"),
         (["--v-dim", "32", "--positions", "a,b"], "two or more ascending numbers"),
         (["--v-dim", "32", "--positions", "5,3"], "two or more ascending numbers"),
+        (["--bits", "4", "--sinks", "2000", "--window", "48"], "leave none of 2,048 tokens"),
     ],
 )
 def test_options_that_make_no_sense(

@@ -146,7 +146,7 @@ def test_a_long_finetune_takes_the_model_of_the_run(vdcompress: Vdcompress, tiny
         (("--recipe", "nothing"), 3, "no recipe 'nothing'"),
         (("--report-to", "tensorbord"), 2, "did you mean 'tensorboard'?"),
         (("--micro-batch", "3", "--batch-size", "4"), 2, "multiple of micro_batch"),
-        (("--epochs", "31"), 2, "epochs must be at most 30"),
+        (("--epochs", "31"), 2, "less than or equal to 30"),
         (("--recipe", "named.yaml", "--no-distill"), 2, "hidden_weight"),
         (("--resume", "--recipe", "demo"), 2, "not with --recipe"),
         (("--resume", "--report-to", "wandb"), 2, "not with --report-to"),

@@ -136,6 +136,9 @@ def test_a_plot_needs_text_and_a_folder(
     without = vdcompress("inspect", tiny_neox, "-o", "energy.png")
     assert without.code == 2
     assert "--data" in without.err
+    latents = vdcompress("inspect", tiny_neox, "--groups", "2")
+    assert latents.code == 2
+    assert "--data" in latents.err
     nowhere = vdcompress("inspect", tiny_neox, "--data", text_file, "-o", "no/energy.png")
     assert nowhere.code == 2
     assert "there is no folder no" in nowhere.err

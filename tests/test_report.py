@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from synthetic import model_gains
 from vdcompress import report
+from vdcompress.cache_size import CacheSize
 from vdcompress.card import model_card
+from vdcompress.cli.output import Flags
+from vdcompress.cli.session import session
+from vdcompress.cli.show import warn_if_worse
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.pipeline.document import kv_cache
 from vdcompress.pipeline.planning import predicted
 from vdcompress.plan import ModelShape, Plan, make_plan
 
@@ -46,6 +53,33 @@ def test_healing_gets_a_column_of_its_own(tiny_run: Path) -> None:
     assert table.header == ("", "base", "compressed", "healed", "change")
     row = next(row for row in table.rows if row[0] == "perplexity")
     assert row == ("perplexity", "10.00", "12.00", "11.00", "+10.0%")
+
+
+def test_packed_bytes_say_of_how_many_tokens_they_are_a_share() -> None:
+    def titles(plan: Plan) -> list[str]:
+        cache = kv_cache(plan, CacheSize(4.0, 576, 2304, 4096, "bfloat16"))
+        parameters = {"base": 2, "compressed": 1}
+        document = {"parameters": parameters, "kv_cache": cache, "plan": plan.to_json()}
+        return [row[0] for row in report.summary(document).rows]
+
+    exact, packed = make_plan(SHAPE, v_dim=32), make_plan(SHAPE, v_dim=32, v_bits=4)
+    assert titles(exact)[1:] == ["cache, bytes per token", "  measured after generate()"]
+    assert titles(packed)[1:] == [
+        "cache, bytes per token, of 2,048 tokens",
+        "  measured after generate(), of 576 tokens",
+    ]
+    assert report.spent(packed.to_json()).title == "bytes per token that is packed"
+    assert report.spent(exact.to_json()).title == "bytes per token"
+
+
+def test_a_finetune_that_made_it_worse_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(healed: float) -> str:
+        with session(Flags()) as out:
+            warn_if_worse(out, {"perplexity": {"base": 10.0, "compressed": 12.0, "healed": healed}})
+        return capsys.readouterr().err
+
+    assert "healing made it worse: 12.00 before it, 12.50 after it" in " ".join(said(12.5).split())
+    assert said(11.5) == said(12.0) == ""
 
 
 def test_equal_layers_share_a_row(tiny_run: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vdcompress import runs
+from vdcompress.errors import RunError
 from vdcompress.healing.checkpoints import any_in, identity_of
 from vdcompress.healing.trackers import require
 from vdcompress.pipeline.partials import claim, save_state, saved_state
@@ -76,7 +77,7 @@ def new_job(
         root: the folder of all runs.
 
     Raises:
-        RunError: ``output`` is taken, or a finetune of that name was interrupted.
+        RunError: ``output`` is taken or is ``run``, or a finetune of that name was interrupted.
         UsageError: a value is out of range, or a tracker is not there.
     """
     own = read_recipe(run)
@@ -84,5 +85,7 @@ def new_job(
     job = Job(run, merged, output or runs.new_healed(run, root))
     heal_settings(merged).validate()
     require(merged.heal.report_to)
+    if job.output.resolve() == run.resolve():
+        raise RunError(f"{run} is what is to be healed, it is left as it is", "name another folder")
     claim(job.output, force=force)
     return job

@@ -8,7 +8,8 @@ basis, and KIVI's scheme (arXiv 2402.02750: keys per channel over 32 tokens, val
 the original's basis; reimplemented here for measurement). Latents are rounded as the packed cache
 stores them, without keeping it; ``--through-cache`` writes and reads the cache itself, for the same
 figures in more time. Bytes are those of 2048 tokens, scales, zero points and exact tokens counted.
-A row is saved as soon as it is there; what the file has is not made again.
+Repaired rows are what ``apply`` makes by default, the others leave the output projections as they
+are. A row is saved as soon as it is there; what the file has is not made again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import perplexity
 import record
 import standins
 import token_sets
@@ -32,10 +34,10 @@ from vdcompress.gains import gains
 from vdcompress.load import Base, load
 from vdcompress.plan import Plan, Start, plan_for
 from vdcompress.request import Request
-from vdcompress.rewrite import rewrite
 
 MEASURED = ("books_dev", "docs_dev")
 BUDGETS = (0.19, 0.25, 0.105, 0.145, 0.33, 0.072, 0.5, 0.4, 0.6, 0.31)
+REPAIRED = (0.33, 0.25, 0.19, 0.145, 0.135, 0.105, 0.072)
 KIVI_BITS = (4, 3, 2)
 PLAIN = Start("optimal", "none", 0, rotate=False)
 START = replace(FISHER, refit="none", alternate=0)
@@ -54,6 +56,10 @@ def rows(base: Base) -> Iterator[Row]:
     for budget in BUDGETS:
         asked = Request(kv_budget=budget, bits="auto")
         yield Row(f"--kv-budget {budget} --bits auto", partial(plan_for, base.shape, asked, START))
+    for budget in REPAIRED:
+        asked = Request(kv_budget=budget, bits="auto")
+        name = f"--kv-budget {budget} --bits auto, repaired"
+        yield Row(name, partial(plan_for, base.shape, asked, FISHER))
     for bits in (8, 4, 3):
         asked = Request(bits=bits)
         yield Row(
@@ -94,7 +100,8 @@ def main() -> None:
     sets = token_sets.read()
     texts = {name: sets[name] for name in MEASURED}
     name = f"bits-frontier-{options.model}"
-    statistics = calibrate(base, sets[token_sets.CALIBRATION], needs=EVERYTHING)
+    windows = sets[token_sets.CALIBRATION]
+    statistics = calibrate(base, windows, needs=EVERYTHING)
     found = gains(base.shape, statistics)
     body: dict[str, Any] = {"model": options.model, "windows": options.windows}
     body["rows"] = record.earlier_rows(name, out=options.out)
@@ -106,6 +113,7 @@ def main() -> None:
         if row.name in there or options.only not in row.name:
             continue
         plan = row.make(found)
+        model = perplexity.compress(base, plan, statistics, windows)
         lost = predicted_loss(plan.layers, found)
         made = {
             "name": row.name,
@@ -113,7 +121,7 @@ def main() -> None:
             "reduction": plan.reduction,
             "predicted": sum(sum(layer.values()) for layer in lost),
             "layers": [layer.to_json() for layer in plan.layers],
-            **measured(rewrite(base, plan, statistics), texts, options),
+            **measured(model, texts, options),
             "environment": record.environment(),
         }
         body["rows"].append(made)

@@ -71,7 +71,8 @@ def finetune_run(
             return {}
         if healed.best_epoch == 0:
             start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
-            on_event(Warned(f"no epoch was better than {start}: the weights are as they were"))
+            what = f"no epoch was better than {start}: the weights are as they were"
+            on_event(Warned(f"{what}; a lower learning rate or other text may do better"))
         round_weights(compressed.model, compressed.dtype)
         measured = measure(compressed, base, tokens, job.recipe, timed)
         fields = measured.fields(compressed.plan, job.recipe)

@@ -6,6 +6,7 @@ way keeps its checkpoints in ``<run>.partial``; nothing that is unfinished is ta
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ ROOT = Path("runs")
 MARKER = "vdcompress.json"
 PARTIAL = ".partial"
 HEALED = "healed"
-FROM_SCRATCH = "train.json"
+FROM_SCRATCH, HEALS = "train.json", "finetune.json"
 
 _TIMES = re.compile(r"-\d{8}-\d{6}(-\d+)?(?=-|$)")
 _STAMP = re.compile(r"-\d{8}-\d{6}(-\d+)?$")
@@ -129,6 +130,8 @@ def resolve(run: str | Path | None, root: Path = ROOT) -> Path:
 def resolve_partial(run: str | Path | None, root: Path = ROOT, *, scratch: bool = False) -> Path:
     """Find an interrupted finetune: by its folder, by the run it heals, or the latest.
 
+    By the run, among the folders under ``root``, beside the run, and here.
+
     Args:
         run: its folder or the run; None is the latest.
         root: the folder of all runs.
@@ -146,6 +149,7 @@ def resolve_partial(run: str | Path | None, root: Path = ROOT, *, scratch: bool 
         if not found:
             stem = f"{_HEALED.sub('', path.name)}-{HEALED}-"
             found = [folder for folder in partials(root) if folder.name.startswith(stem)]
+            found = found or _partials_that_heal(path if path.is_dir() else root / path, root)
     if not found:
         what = "training" if scratch else "finetune"
         raise RunError(
@@ -157,6 +161,21 @@ def resolve_partial(run: str | Path | None, root: Path = ROOT, *, scratch: bool 
             f"{found[-1]} is of another command", f"continue it with: {resuming(found[-1])}"
         )
     return found[-1]
+
+
+def _partials_that_heal(run: Path, root: Path) -> list[Path]:
+    """Return the interrupted finetunes of a run, whatever they are called, the latest last."""
+    places = {place.resolve(): place for place in (root, run.parent, Path())}
+    found = [folder for place in places.values() for folder in partials(place)]
+    return sorted((f for f in found if _healed_by(f) == run.resolve()), key=_age)
+
+
+def _healed_by(partial: Path) -> Path | None:
+    """Return the run that an interrupted finetune heals, None where that cannot be read."""
+    try:
+        return Path(json.loads((partial / HEALS).read_text(encoding="utf-8"))["run"]).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def bare(run: Path) -> str:

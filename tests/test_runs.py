@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -103,3 +104,18 @@ def test_an_interrupted_finetune_is_found_by_what_it_heals(tmp_path: Path) -> No
         assert runs.resolve_partial(name, tmp_path) == partial
     with pytest.raises(RunError, match="no interrupted finetune of other"):
         runs.resolve_partial("other", tmp_path)
+
+
+def test_an_interrupted_finetune_of_any_name_is_found_by_what_it_heals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere, root = tmp_path / "here", tmp_path / "elsewhere", tmp_path / "runs"
+    run, partial = elsewhere / "mine", here / "out.partial"
+    for folder in (run, partial, here / "broken.partial", root):
+        folder.mkdir(parents=True)
+    (partial / runs.HEALS).write_text(json.dumps({"run": str(run)}))
+    (here / "broken.partial" / runs.HEALS).write_text("{")
+    monkeypatch.chdir(here)
+    assert runs.resolve_partial(run, root) == Path("out.partial")
+    with pytest.raises(RunError, match="no interrupted finetune of"):
+        runs.resolve_partial(elsewhere, root)

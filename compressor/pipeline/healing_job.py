@@ -16,8 +16,6 @@ from vdcompress.pipeline.results import read_recipe
 from vdcompress.pipeline.settings import heal_settings
 from vdcompress.recipe import Recipe
 
-STATE = "finetune.json"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -42,7 +40,7 @@ class Job:
 
     def save(self) -> None:
         """Write down what ``--resume`` must know."""
-        save_state(self.partial, STATE, self.recipe, run=str(self.run.resolve()))
+        save_state(self.partial, runs.HEALS, self.recipe, run=str(self.run.resolve()))
 
     @classmethod
     def saved(cls, partial: Path) -> Job:
@@ -51,7 +49,7 @@ class Job:
         Raises:
             RunError: it is missing or damaged, or the run that it healed is gone.
         """
-        recipe, state = saved_state(partial, STATE)
+        recipe, state = saved_state(partial, runs.HEALS)
         if any_in(partial):
             identity_of(partial)
         return cls(runs.resolve(state["run"]), recipe, runs.finished_of(partial), resume=True)

@@ -241,7 +241,8 @@ def parse(data: Any, origin: str, wrong: type[RecipeError] = RecipeError) -> Rec
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = "; ".join(_problem(detail) for detail in error.errors())
-        raise wrong(f"{origin}: {problems}", "see: vdcompress recipes show NAME") from error
+        where = "the command's --help" if wrong is OptionError else "vdcompress recipes show NAME"
+        raise wrong(f"{origin}: {problems}", f"see: {where}") from error
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -288,6 +289,8 @@ def _read(name: str | Path) -> tuple[str, str]:
         file = resources.files("vdcompress.recipes") / f"{name}.yaml"
         return file.read_text(encoding="utf-8"), f"recipe {name}"
     path = Path(name)
+    if path.is_dir():
+        raise RecipeError(f"recipe {path} is a folder, not a YAML file")
     if path.suffix not in SUFFIXES and not path.is_file():
         raise RecipeError(
             f"no recipe {str(name)!r}: {did_you_mean(str(name), shipped())}",

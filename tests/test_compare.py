@@ -121,13 +121,15 @@ def test_a_folder_without_results_has_its_cache_alone(
 def test_what_is_no_run_is_refused(vdcompress: Vdcompress, tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     damaged = shutil.copytree(tiny_run, tmp_path / "damaged")
-    (damaged / "results.json").write_text("{")
     partial = tmp_path / "half.partial"
     partial.mkdir()
 
     assert_refused(vdcompress("compare", tiny_run, "empty"), 3, "empty is not a finished run")
     assert_refused(vdcompress("compare", tiny_run, "nowhere"), 3, "nowhere does not exist")
-    assert_refused(vdcompress("compare", tiny_run, damaged), 3, "no readable results.json")
+    for text in ("{", "null", "{}", "[]"):
+        (damaged / "results.json").write_text(text)
+        assert_refused(vdcompress("compare", tiny_run, damaged), 3, "no readable results.json")
+        assert_refused(vdcompress("export", damaged), 3, "no readable results.json")
     assert_refused(vdcompress("compare", tiny_run, partial), 3, "was interrupted", "--resume")
     assert_refused(vdcompress("compare"), 3, "no finished run")
 

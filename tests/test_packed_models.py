@@ -15,6 +15,7 @@ from vdcompress.artifact import Compressed, load_artifact
 from vdcompress.evaluate import evaluate
 from vdcompress.export import export
 from vdcompress.load import Base
+from vdcompress.modeling import latent
 from vdcompress.modeling.cache import LatentCache
 from vdcompress.modeling.packed_cache import PackedLayer, cache_for
 from vdcompress.modeling.packed_latents import PackedLatents
@@ -304,6 +305,19 @@ def test_a_cache_of_another_kind_holds_what_it_is_given(model: Any, prompt: Tens
         cache = LatentCache(2)
         model(prompt, past_key_values=cache)
     assert isinstance(cache.layers[0].keys, Tensor)
+
+
+def test_generate_says_which_caches_round_nothing(
+    model: Any, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(latent.logger, "warning", said.append)
+    generate(model, prompt)
+    generate(model, prompt, past_key_values=cache_for(model.config))
+    assert said == []
+    generate(model, prompt, cache_implementation="static")
+    assert len(said) == 1
+    assert said[0].startswith("a StaticCache keeps the latents of this model in 16 bits")
 
 
 def test_rounded_latents_speak_up_too() -> None:

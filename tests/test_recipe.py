@@ -151,6 +151,11 @@ def test_all_problems_are_said_at_once() -> None:
         assert name in caught.value.message
 
 
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a folder, not a YAML file"):
+        load_recipe(tmp_path)
+
+
 def test_an_unknown_name_gets_the_nearest_one() -> None:
     with pytest.raises(RecipeError, match="did you mean 'pythia-70m-v320'"):
         load_recipe("pythia-70m-v32")

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from .attention import NAME as ATTENTION
+from .cache import LatentCache
 from .layout import LayerLayout
 from .packed_cache import cache_for
 from .rounded_latents import rounded_layer
@@ -19,6 +21,7 @@ from .rounded_latents import rounded_layer
 V_SIDE = ("v_compress", "o_contract", "dense", "o_proj")
 K_SIDE = ("q_proj", "k_proj", "q_expand", "k_compress")
 
+logger = logging.get_logger(__name__)
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
@@ -311,7 +314,11 @@ class LatentModel:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Give ``generate()`` our cache where it would make a dynamic one."""
+        """Give ``generate()`` our cache where it would make a dynamic one.
+
+        A cache of another kind holds what it is given, so latents in few bits are not rounded in
+        it: that is another model than was measured, and is said.
+        """
         given = {name for name in CACHE_NAMES if model_kwargs.get(name) is not None}
         prepared = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
@@ -319,5 +326,11 @@ class LatentModel:
         for name in CACHE_NAMES:
             made = model_kwargs.get(name)
             if name not in given and isinstance(made, DynamicCache):
-                model_kwargs[name] = cache_for(self.config, offloading=made.offloading)  # type: ignore[attr-defined]
+                model_kwargs[name] = made = cache_for(self.config, offloading=made.offloading)  # type: ignore[attr-defined]
+            if self.config.packed and made is not None and not isinstance(made, LatentCache):  # type: ignore[attr-defined]
+                logger.warning(
+                    f"a {type(made).__name__} keeps the latents of this model in 16 bits and "
+                    "rounds none: neither its bytes nor its perplexity are those that were "
+                    "measured; name no cache to get the model's own"
+                )
         return prepared

@@ -13,6 +13,7 @@ from vdcompress.recipe import Recipe, parse
 
 RESULTS = "results.json"
 RECIPE = "recipe.yaml"
+NEEDED = {"model", "parameters", "kv_cache", "plan", "seconds"}  # whatever made the run
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -22,10 +23,16 @@ def read_results(run: Path) -> dict[str, Any]:
         RunError: it is missing or damaged.
     """
     try:
-        found: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+        found = json.loads((run / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{run} has no readable {RESULTS}", "make the run again") from error
+        raise _unreadable(run) from error
+    if not isinstance(found, dict) or not found.keys() >= NEEDED:
+        raise _unreadable(run)
     return found
+
+
+def _unreadable(run: Path) -> RunError:
+    return RunError(f"{run} has no readable {RESULTS}", "make the run again")
 
 
 def read_recipe(run: Path) -> Recipe:

@@ -211,6 +211,7 @@ def test_a_resumed_finetune_counts_the_time_before(
 
     assert resumed.code == 0, resumed.err
     assert resumed.json["healing"]["seconds"] > 1000
+    assert resumed.json["seconds"]["finetune"] > 1000
     assert "Epoch 0: val_ppl=" in resumed.err
     assert resumed.err.count("Epoch 1: train_ppl=") == 1  # told again, trained once
 

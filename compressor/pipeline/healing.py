@@ -73,6 +73,8 @@ def finetune_run(
             start = f"the start (val_ppl={healed.initial_val_ppl:.1f})"
             what = f"no epoch was better than {start}: the weights are as they were"
             on_event(Warned(f"{what}; a lower learning rate or other text may do better"))
+        spent = max(timed.seconds["finetune"], round(healed.seconds, 3))  # before a resumption too
+        timed.seconds["finetune"] = spent
         round_weights(compressed.model, compressed.dtype)
         measured = measure(compressed, base, tokens, job.recipe, timed)
         fields = measured.fields(compressed.plan, job.recipe)

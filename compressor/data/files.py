@@ -74,7 +74,9 @@ def _clear_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8 ({error.reason})", _FILE_HINT) from error
+        raise DataError(
+            f"{path} is not text in UTF-8 ({error.reason})", "convert it to UTF-8, or give another"
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is not a complete gzip file: {error}", "fetch it again") from error
     except OSError as error:

@@ -24,7 +24,9 @@ def main() -> None:
             settings = row["settings"]
             way = f"{settings['train']} trained, rate {settings['learning_rate']:g}"
             axes.plot(course, marker="o", markersize=4, label=f"{asked_words(row['asked'])}\n{way}")
-    axes.set_xlabel("passes over 14.8M tokens (0 is the closed form, the last one is not whole)")
+    axes.set_xlabel(
+        "passes over the training text (0 is the closed form, the last one is not whole)"
+    )
     axes.set_ylabel("validation perplexity")
     axes.grid(visible=True, linewidth=0.4, alpha=0.6)
     axes.legend(fontsize=7)

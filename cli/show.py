@@ -39,12 +39,12 @@ def show_run(out: Output, results: Document, following: str) -> None:
     out.result(results, *filter(None, tables), place)
     if results["command"] == "apply":
         _hint_at_sharing(out, results)
-    warn_if_worse(out, results)
+    _warn_if_worse(out, results)
     out.note(f"{_took(results)}; {following}")
     require_gate(results)
 
 
-def warn_if_worse(out: Output, results: Document) -> None:
+def _warn_if_worse(out: Output, results: Document) -> None:
     """Say so where healing helped on its validation text but not on the text that measures."""
     found = results.get("perplexity") or {}
     before, after = found.get("compressed"), found.get("healed")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vdcompress.modeling.layout import TYPICAL_TOKENS, LayerLayout
+from vdcompress.plan import Plan
 
 T = TypeVar("T")
 Results = Mapping[str, Any]
@@ -73,10 +74,10 @@ def summary(results: Results) -> Table:
 
 
 def _of_tokens(title: str, results: Results, tokens: int) -> str:
-    """Say of how many tokens bytes are a share, where that matters: some of them are not packed."""
-    plan = results.get("plan") or {"layers": ()}
-    packed = any(LayerLayout.from_json(layer).packed for layer in plan["layers"])
-    return f"{title}, of {count(tokens)} tokens" if packed else title
+    """Say of how many tokens bytes are a share, where that matters."""
+    plan = results.get("plan")
+    matters = plan is not None and Plan.from_json(plan).depends_on_length
+    return f"{title}, of {count(tokens)} tokens" if matters else title
 
 
 def positions(results: Results) -> Table | None:

@@ -13,7 +13,7 @@ from vdcompress.cache_size import CacheSize
 from vdcompress.card import model_card
 from vdcompress.cli.output import Flags
 from vdcompress.cli.session import session
-from vdcompress.cli.show import warn_if_worse
+from vdcompress.cli.show import show_run
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.pipeline.document import kv_cache
 from vdcompress.pipeline.planning import predicted
@@ -63,7 +63,9 @@ def test_packed_bytes_say_of_how_many_tokens_they_are_a_share() -> None:
         return [row[0] for row in report.summary(document).rows]
 
     exact, packed = make_plan(SHAPE, v_dim=32), make_plan(SHAPE, v_dim=32, v_bits=4)
-    assert titles(exact)[1:] == ["cache, bytes per token", "  measured after generate()"]
+    alike = make_plan(SHAPE, v_dim=32, v_bits=8)  # nothing stays exact
+    for plan in (exact, alike):
+        assert titles(plan)[1:] == ["cache, bytes per token", "  measured after generate()"]
     assert titles(packed)[1:] == [
         "cache, bytes per token, of 2,048 tokens",
         "  measured after generate(), of 576 tokens",
@@ -72,14 +74,19 @@ def test_packed_bytes_say_of_how_many_tokens_they_are_a_share() -> None:
     assert report.spent(exact.to_json()).title == "bytes per token"
 
 
-def test_a_finetune_that_made_it_worse_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    def said(healed: float) -> str:
-        with session(Flags()) as out:
-            warn_if_worse(out, {"perplexity": {"base": 10.0, "compressed": 12.0, "healed": healed}})
-        return capsys.readouterr().err
+def test_a_finetune_that_made_it_worse_says_so(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((tiny_run / "results.json").read_text())
 
-    assert "healing made it worse: 12.00 before it, 12.50 after it" in " ".join(said(12.5).split())
-    assert said(11.5) == said(12.0) == ""
+    def said(healed: float) -> str:
+        results["perplexity"] |= {"compressed": 12.0, "healed": healed}
+        with session(Flags()) as out:
+            show_run(out, results, "next: nothing")
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "healing made it worse: 12.00 before it, 12.50 after it" in said(12.5)
+    assert "worse" not in said(11.5) + said(12.0)
 
 
 def test_equal_layers_share_a_row(tiny_run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,14 @@ from torch import Tensor
 from vdcompress.modeling.decode_spans import PartTokens, Span, exact
 from vdcompress.modeling.quantizer import Packed
 from vdcompress.modeling.quantizers import quantizer
+
+FORMS = [
+    ("exact", 16),
+    *(("per_token", bits) for bits in (8, 4, 3, 2)),
+    *(("per_channel", bits) for bits in (8, 4, 3, 2)),
+    *(("normal", bits) for bits in (4, 3, 2)),
+]
+Side = list[tuple[int, int, str, int]]  # groups, width, form and bits of each part
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -23,6 +32,19 @@ def stored(x: Tensor, form: str, bits: int) -> PartTokens:
     if form == "exact":
         return exact(x)
     return PartTokens(*quantizer(form, bits).quantize(x), form, bits, x.shape[-1])
+
+
+def case(
+    keys: Side, value: tuple[int, int, str, int], tokens: int, heads: int, dtype: Any
+) -> tuple[Tensor, list[Span]]:
+    """Return a query and two sequences of latents."""
+    parts = [
+        stored(drawn(2, groups, tokens, width, seed=seed, dtype=dtype), form, bits)
+        for seed, (groups, width, form, bits) in enumerate((*keys, value))
+    ]
+    width = sum(width for _, width, *_ in keys)
+    query = drawn(2, heads, 1, width, seed=9, dtype=dtype)
+    return query, [Span(0, tokens, tuple(parts[:-1]), parts[-1])]
 
 
 def read(part: PartTokens) -> Tensor:

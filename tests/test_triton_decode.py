@@ -12,7 +12,7 @@ from torch import Tensor
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", minversion=None if CUDA else "3.9", reason="needs Triton")
 
-from decode_reference import attended, drawn, error, stored  # noqa: E402
+from decode_reference import FORMS, Side, attended, case, drawn, error, stored  # noqa: E402
 from naive_packed import LAYERS, naive_attention  # noqa: E402
 from vdcompress.modeling.attention import _decoded  # noqa: E402
 from vdcompress.modeling.decode_settings import Settings  # noqa: E402
@@ -22,15 +22,8 @@ from vdcompress.modeling.triton_decode import attend_exact, attend_packed, decod
 
 slowly = pytest.mark.usefixtures() if CUDA else pytest.mark.slow  # in the interpreter
 DEVICE = "cuda" if CUDA else "cpu"
-FORMS = [
-    ("exact", 16),
-    *(("per_token", bits) for bits in (8, 4, 3, 2)),
-    *(("per_channel", bits) for bits in (8, 4, 3, 2)),
-    *(("normal", bits) for bits in (4, 3, 2)),
-]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SCALE = 0.3
-Side = list[tuple[int, int, str, int]]  # groups, width, form and bits of each part
 
 
 @pytest.fixture(autouse=True)
@@ -44,19 +37,6 @@ def _poisoned_memory() -> Iterator[None]:
 def moved(part: PartTokens) -> PartTokens:
     tensors = (None if x is None else x.to(DEVICE) for x in part[:3])
     return PartTokens(*tensors, *part[3:])
-
-
-def case(
-    keys: Side, value: tuple[int, int, str, int], tokens: int, heads: int, dtype: Any
-) -> tuple[Tensor, list[Span]]:
-    """Return a query and two sequences of latents."""
-    parts = [
-        stored(drawn(2, groups, tokens, width, seed=seed, dtype=dtype), form, bits)
-        for seed, (groups, width, form, bits) in enumerate((*keys, value))
-    ]
-    width = sum(width for _, width, *_ in keys)
-    query = drawn(2, heads, 1, width, seed=9, dtype=dtype)
-    return query, [Span(0, tokens, tuple(parts[:-1]), parts[-1])]
 
 
 def check(query: Tensor, spans: list[Span], mask: Tensor | None = None, **settings: Any) -> Tensor:

@@ -9,7 +9,8 @@ widths, so the narrower side is padded with zeros for the call (the cache never 
 query against a CPU cache is two plain matrix products, which read the cache once and are faster
 than any kernel torch has there for unequal widths; in half precision that kernel is faster where it
 takes the latents as they are. Latents in few bits are attended where they are packed, by
-:mod:`packed_attention`. One query on CUDA is left to :mod:`triton_decode` where there is Triton.
+:mod:`packed_attention`. Where there is Triton one query on CUDA is left to :mod:`triton_decode`,
+and where there is numba one query on a CPU to :mod:`numba_decode`.
 """
 
 from __future__ import annotations
@@ -99,8 +100,9 @@ def latent_attention(  # noqa: PLR0917
         return rounded_attention(module, query, key, value, attention_mask, scaling, dropout)
     if isinstance(key, PackedLatents):
         return packed_attention(module, query, key, value, attention_mask, scaling)
-    if query.is_cuda and query.shape[2] == 1 and not dropout:
-        found = _decoded(query, key, value, attention_mask, scaling)
+    kernel = KERNELS.get(query.device.type)
+    if kernel and query.shape[2] == 1 and not dropout:
+        found = kernel(query, key, value, attention_mask, scaling)
         if found is not None:
             return found.transpose(1, 2), None
     on_cpu = query.device.type == "cpu"
@@ -142,6 +144,20 @@ def _decoded(
     return attend_exact(query, key, value, mask, scaling)
 
 
+def _decoded_by_numba(
+    query: Tensor, key: Any, value: Any, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Return what numba's kernel makes of one query on a CPU [b, h, 1, v]; None without it."""
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        from .numba_decode import attend_exact, attend_packed
+    except ImportError:
+        return None
+    attend = attend_packed if isinstance(key, PackedLatents) else attend_exact
+    return attend(query, key, value, mask, scaling)
+
+
 def _alike_in_half(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether both sides have one latent per head, of one width, in half precision."""
     return query.element_size() == 2 and key.shape == value.shape and key.shape[1] == query.shape[1]
@@ -161,6 +177,8 @@ def _pad(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
-use_kernel("cuda", _decoded)
+KERNELS = {"cuda": _decoded, "cpu": _decoded_by_numba}
+for _device, _kernel in KERNELS.items():
+    use_kernel(_device, _kernel)
 AttentionInterface.register(NAME, latent_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,194 @@
+"""Decoding on a CPU with numba: what the kernels are given, and how work is split.
+
+A sequence is a few spans of tokens, :mod:`decode_spans`. A span is split among threads, and what
+they leave is joined. Shapes: b sequences, h query heads, g latents of a part, s tokens, k and v
+widths, r queries of a group.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import numba_kernels as kernels
+from .decode_spans import PartTokens, Span, exact, spans_of
+from .decode_tiles import EXACT
+from .packed_latents import PackedLatents
+from .quantizer_normal import CUBICS
+from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
+
+WORTH = 2**18  # numbers of latents from which on a kernel is worth loading
+NUMBERS, MOST = 8192, 256  # that are unpacked at a time, and tokens
+PARTS = 3  # at most; as many for all, so that a kernel is compiled once
+DTYPES = {
+    torch.float32: kernels.FLOAT32,
+    torch.bfloat16: kernels.BFLOAT16,
+    torch.float16: kernels.FLOAT16,
+}
+FORMS = {
+    PER_TOKEN.name: kernels.PER_TOKEN,
+    NORMAL.name: kernels.NORMAL,
+    PER_CHANNEL.name: kernels.PER_CHANNEL,
+}
+BYTES, HALVES = np.empty(0, np.uint8), np.empty(0, np.uint16)
+NO_MASK = np.empty((0, 0, 0), np.float32)
+MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+_turn = threading.Lock()  # not every way in which numba runs threads can be entered twice
+_process = os.getpid()  # nor can it be entered in a process that was forked
+
+
+def attend_packed(
+    query: Tensor, key: PackedLatents, value: PackedLatents, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend over packed latents as :func:`decode` does; None where it cannot, or need not."""
+    parts = (*key.parts, *value.parts)
+    numbers = sum(key.tokens * part.exact.shape[1] * part.width for part in parts)
+    if not can_decode(query, [part.exact.dtype for part in parts], query.shape[0] * numbers):
+        return None
+    return decode(query, spans_of(key, value), mask, scaling)
+
+
+def attend_exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor | None:
+    """Attend over latents [b, g, s, width] as :func:`decode` does; None as above."""
+    if not can_decode(query, [key.dtype, value.dtype], key.numel() + value.numel()):
+        return None
+    return decode(query, [Span(0, key.shape[2], (exact(key),), exact(value))], mask, scaling)
+
+
+def can_decode(query: Tensor, dtypes: Sequence[torch.dtype], numbers: int) -> bool:
+    """Whether :func:`decode` knows a case and it is worth it.
+
+    Args:
+        query: one query, whose gradient nobody wants.
+        dtypes: of the numbers that are not packed.
+        numbers: of all latents.
+    """
+    return (
+        query.shape[2] == 1
+        and numbers >= WORTH
+        and all(dtype in DTYPES for dtype in (query.dtype, *dtypes))
+        and not (query.requires_grad and torch.is_grad_enabled())
+        and os.getpid() == _process
+    )
+
+
+def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: float) -> Tensor:
+    """Attend with one query for each sequence.
+
+    Args:
+        query: [b, h, 1, k].
+        spans: all tokens; what a sequence has of each part is in few tensors.
+        mask: None, or boolean (True attends) or additive, broadcastable to [b, h, 1, s].
+        scaling: factor of the scores.
+
+    Returns:
+        The output [b, h, 1, v] in the query's dtype; 0 where nothing may be attended to.
+    """
+    b, h = query.shape[:2]
+    queries = query.detach().float().reshape(b, -1) * (scaling * math.log2(math.e))
+    spans = [span for span in spans if span.tokens]
+    groups = min(part.codes.shape[1] for part in spans[0].parts)
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    with _turn:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            left = [
+                _attended(queries.numpy(), span, groups, h // groups, threads, _added(mask, span))
+                for span in spans
+            ]
+        finally:
+            numba.set_num_threads(before)
+    sums, marks = (x[0] if len(x) == 1 else np.concatenate(x, 2) for x in zip(*left, strict=True))
+    out = np.empty((b, groups, h // groups, spans[0].values.width), np.float32)
+    kernels.join(sums, marks, out)
+    return torch.from_numpy(out).view(b, h, 1, -1).to(query.dtype)
+
+
+def _added(mask: Tensor | None, span: Span) -> np.ndarray:
+    """Return what is added to scores in the logarithm to base 2, [b or 1, h or 1, tokens]."""
+    if mask is None:
+        return NO_MASK
+    own = mask[:, :, 0, span.start : span.start + span.tokens]
+    lowest = float(kernels.LOWEST)
+    if own.dtype == torch.bool:
+        return torch.zeros(own.shape).masked_fill_(~own, lowest).numpy()
+    return (own.float() * math.log2(math.e)).clamp_min(lowest).contiguous().numpy()
+
+
+def _attended(  # noqa: PLR0917
+    queries: np.ndarray, span: Span, groups: int, rows: int, threads: int, mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums [b, groups, splits, r * v] and marks [b, groups, splits, 2 * r] of a span."""
+    b, widest = len(queries), max(part.width for part in span.parts)
+    step = min(MOST, max(NUMBERS // widest // kernels.TOKENS, 1) * kernels.TOKENS)
+    splits = min(threads // math.gcd(threads, b * groups), -(-span.tokens // step))
+    sums = np.empty((b, groups, splits, rows * span.values.width), np.float32)
+    marks = np.empty((b, groups, splits, 2 * rows), np.float32)
+    parts = (*span.keys, *(None,) * (PARTS - len(span.parts)), span.values)
+    kernels.attend(
+        queries,
+        _table(parts, groups),
+        np.array([_curve(part) for part in parts], np.float32),
+        tuple(_memory(part and part.codes, torch.uint8, BYTES) for part in parts),
+        tuple(_memory(part and part.scale, torch.uint16, HALVES) for part in parts),
+        tuple(_memory(part and part.zero, torch.uint8, BYTES) for part in parts),
+        mask,
+        groups,
+        span.tokens,
+        splits,
+        step,
+        sums,
+        marks,
+    )
+    return sums, marks
+
+
+def _table(parts: Sequence[PartTokens | None], groups: int) -> np.ndarray:
+    """Return what the kernels call the fields of each part; those of None are 0."""
+    table = np.zeros((len(parts), len(kernels.FIELDS)), np.int64)
+    first = 0
+    for row, part in zip(table, parts, strict=True):
+        if part is not None:
+            codes, size = part.codes, part.codes.element_size()
+            packed = part.form != EXACT
+            row[kernels.FORM] = FORMS[part.form] if packed else DTYPES[codes.dtype]
+            row[kernels.BITS], row[kernels.WIDTH], row[kernels.FIRST] = part.bits, part.width, first
+            row[kernels.LATENTS] = codes.shape[1] // groups
+            row[kernels.ROW] = codes.shape[3] * size
+            row[kernels.CODES : kernels.CODES_G + 1] = _place(codes, part.first, size)
+            if part.scale is not None:
+                block = part.first // SCHEMES[part.form].token_block
+                row[kernels.BLOCKS] = part.scale.shape[3]
+                row[kernels.SCALE : kernels.SCALE_G + 1] = _place(part.scale, block)
+                if part.zero is not None:
+                    row[kernels.ZERO : kernels.ZERO_G + 1] = _place(part.zero, block)
+            first += part.width
+    return table
+
+
+def _place(x: Tensor, first: int, size: int = 1) -> tuple[int, int, int]:
+    """Return where in its memory the first token wanted of [b, g, s, n] is, and two strides."""
+    start = int(x.storage_offset()) + first * x.shape[3]
+    return start * size, x.stride(0) * size, x.stride(1) * size
+
+
+def _curve(part: PartTokens | None) -> tuple[float, float]:
+    return CUBICS[part.bits] if part is not None and part.form == NORMAL.name else (0.0, 0.0)
+
+
+def _memory(x: Tensor | None, dtype: torch.dtype, none: np.ndarray) -> np.ndarray:
+    """Return all memory that a tensor is in."""
+    if x is None:
+        return none
+    whole: np.ndarray = torch.empty(0, dtype=dtype).set_(x.untyped_storage()).numpy()
+    return whole

@@ -1,0 +1,442 @@
+"""The kernels of :mod:`numba_decode`: one query attends over latents on a CPU.
+
+A unit of work is some tokens of one sequence and one group of heads. Latents are unpacked a few
+tokens at a time into levels, float32, that stay in a processor's nearest memory; all heads of the
+group read them there. A unit leaves the weighted sum of its values beside its norm and the power of
+two that both are relative to, and :func:`join` joins them. Scales and zero points of tokens are
+taken out of the products, as in :mod:`packed_products`.
+
+All jitted functions are in this file because numba's cache looks at one file only. Letters: r rows
+(queries of a group), n tokens, w width, B blocks of D dimensions that share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import numba
+    import numpy as np
+except ImportError as missing:
+    raise ImportError("the package numba is not installed, or too old for numpy") from missing
+
+FORMS = (FLOAT32, BFLOAT16, FLOAT16, PER_TOKEN, NORMAL, PER_CHANNEL) = range(6)
+FIELDS = (  # of a part in the table that a kernel is given; strides and offsets in numbers
+    FORM, BITS, WIDTH, LATENTS, FIRST, BLOCKS, ROW, CODES, CODES_B, CODES_G, SCALE, SCALE_B,
+    SCALE_G, ZERO, ZERO_B, ZERO_G,
+) = range(16)  # fmt: skip
+TOKENS = 32  # a multiple of every scheme's block of tokens
+TOGETHER = 8  # tokens that are added at a time
+SPARE = 16  # numbers for each latent, where its codes do not fill their words
+LOWEST = np.float32(-1e30)  # of what is not attended to: finite, so that differences are numbers
+NOTHING = np.float32(-5e29)  # above that and below any score
+SMALLEST = np.float32(-126.0)
+HALF_UNIT = np.float32(2.0**112)  # an fp16 number over the float32 with its bits shifted
+# 2 ** f for 0 <= f < 1 at Chebyshev's points: 2e-8 of it at most, below float32's own rounding.
+_POWERS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, [0, 1])
+C = tuple(np.float32(c) for c in _POWERS.convert(kind=np.polynomial.Polynomial).coef)
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function with numba, once for this machine where a folder can keep it."""
+    options |= {"nogil": True, "error_model": "numpy"}
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder that it may write to
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # what is not finite stays so
+
+
+@compiled(fastmath=FAST)
+def _dots(q, x, block, out):
+    """Write the products [n] of a query [D] with a block of levels [n, B, D]."""
+    for t in range(x.shape[0]):
+        total = np.float32(0)
+        for j in range(x.shape[2]):
+            total += q[j] * x[t, block, j]
+        out[t] = total
+
+
+@compiled(fastmath=FAST)
+def _four_dots(q, x, block, out):
+    """Write the products [4, n] of queries [4, D] with a block of levels [n, B, D]."""
+    a, b, c, d = q[0], q[1], q[2], q[3]
+    for t in range(x.shape[0]):
+        one = two = three = four = np.float32(0)
+        for j in range(x.shape[2]):
+            number = x[t, block, j]
+            one += a[j] * number
+            two += b[j] * number
+            three += c[j] * number
+            four += d[j] * number
+        out[0, t], out[1, t], out[2, t], out[3, t] = one, two, three, four
+
+
+@compiled(fastmath=FAST)
+def _add(out, w, x, block):
+    """Add to out [D] a block of levels [n, B, D] times weights [n]."""
+    whole = x.shape[0] // TOGETHER * TOGETHER
+    for t in range(0, whole, TOGETHER):
+        a, b, c, d = w[t], w[t + 1], w[t + 2], w[t + 3]
+        e, f, g, h = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
+        for j in range(out.shape[0]):
+            out[j] += (
+                a * x[t, block, j] + b * x[t + 1, block, j]
+                + c * x[t + 2, block, j] + d * x[t + 3, block, j]
+            ) + (
+                e * x[t + 4, block, j] + f * x[t + 5, block, j]
+                + g * x[t + 6, block, j] + h * x[t + 7, block, j]
+            )  # fmt: skip
+    for t in range(whole, x.shape[0]):
+        for j in range(out.shape[0]):
+            out[j] += w[t] * x[t, block, j]
+
+
+@compiled(fastmath={"nnan", "nsz"})
+def _highest(x):
+    top = x[0]
+    for j in range(x.shape[0]):
+        top = max(top, x[j])
+    return top
+
+
+@compiled(fastmath=FAST)
+def _powers_of_two(x, top, bits):
+    """Write 2 ** (x - top) over x and return their sum; bits is room, int32 of the same length."""
+    for j in range(x.shape[0]):
+        bits[j] = (np.int32(np.floor(max(x[j] - top, SMALLEST))) + np.int32(127)) << np.int32(23)
+    whole = bits.view(np.float32)
+    total = np.float32(0)
+    for j in range(x.shape[0]):
+        own = x[j] - top
+        kept = max(own, SMALLEST)
+        f = kept - np.floor(kept)
+        found = C[0] + f * (C[1] + f * (C[2] + f * (C[3] + f * (C[4] + f * (C[5] + f * C[6])))))
+        found = found * whole[j] if own > SMALLEST else own * np.float32(0)  # NaN stays NaN
+        x[j] = found
+        total += found
+    return total
+
+
+@compiled()
+def _widen_bfloat16(x, out):
+    for j in range(x.shape[0]):
+        out[j] = np.uint32(x[j]) << np.uint32(16)
+
+
+@compiled()
+def _widen_float16(x, bits):
+    """Write fp16 numbers, uint16, as float32 ones, whose bits are ``bits``."""
+    for j in range(x.shape[0]):
+        bits[j] = np.uint32(x[j] & np.uint16(0x7FFF)) << np.uint32(13)
+    out = bits.view(np.float32)
+    for j in range(x.shape[0]):
+        out[j] *= HALF_UNIT
+    for j in range(x.shape[0]):
+        bits[j] |= np.uint32(x[j] & np.uint16(0x8000)) << np.uint32(16)
+
+
+@compiled()
+def _halves(packed, out):
+    """Write codes of 4 bits [n, columns] as numbers [n, 2, columns]."""
+    for t in range(out.shape[0]):
+        for j in range(out.shape[2]):
+            out[t, 0, j] = np.float32(np.uint8(packed[t, j] & np.uint8(15)))
+        for j in range(out.shape[2]):
+            out[t, 1, j] = np.float32(np.uint8(packed[t, j] >> np.uint8(4)))
+
+
+@compiled()
+def _codes(packed, out, bits):
+    """Write codes packed in words [n, bytes, columns] as numbers [n, runs, columns]."""
+    mask = np.uint8(2**bits - 1)
+    for t in range(out.shape[0]):
+        for k in range(out.shape[1]):
+            byte, low = k * bits // 8, np.uint8(k * bits % 8)
+            if low + bits > 8:
+                high = np.uint8(8 - low)
+                for j in range(out.shape[2]):
+                    one = np.uint8(packed[t, byte, j] >> low)
+                    other = np.uint8(packed[t, byte + 1, j] << high)
+                    out[t, k, j] = np.float32(np.uint8(np.uint8(one | other) & mask))
+            else:
+                for j in range(out.shape[2]):
+                    code = np.uint8(np.uint8(packed[t, byte, j] >> low) & mask)
+                    out[t, k, j] = np.float32(code)
+
+
+@compiled()
+def _bytes(x, out):
+    for j in range(x.shape[0]):
+        out[j] = np.float32(x[j])
+
+
+@compiled(fastmath=FAST)
+def _bend(x, half, a, b):
+    for j in range(x.shape[0]):
+        u = x[j] - half
+        x[j] = u * (a + b * u * u)
+
+
+@compiled(fastmath=FAST)
+def _by_channel(x, scale, zero, unit):
+    for j in range(x.shape[0]):
+        x[j] = (x[j] - unit * np.float32(zero[j])) * scale[j]
+
+
+@compiled()
+def _levels(part, curve, codes, scale, zero, at, scale_at, zero_at, n, room):
+    """Return the levels [n * w] of n latents that begin at ``at``; they may lie in ``room``."""
+    form, width, row, bits = part[FORM], part[WIDTH], part[ROW], part[BITS]
+    stored = codes[at : at + n * row]
+    if form == FLOAT32:
+        return stored.view(np.float32)
+    out = room[: n * width]
+    if form == BFLOAT16:
+        _widen_bfloat16(stored.view(np.uint16), out.view(np.uint32))
+    elif form == FLOAT16:
+        _widen_float16(stored.view(np.uint16), out.view(np.uint32))
+    elif bits == 8:
+        _bytes(stored, out)
+    else:
+        runs = 8 if bits == 3 else 8 // bits
+        columns = row * 8 // bits // runs
+        words = stored.reshape(n, row // columns, columns)
+        numbers = room[: n * runs * columns].reshape(n, runs, columns)
+        if bits == 4:
+            _halves(stored.reshape(n, row), numbers)
+        else:
+            _codes(words, numbers, bits)
+        if runs * columns > width:
+            for t in range(1, n):
+                for j in range(width):
+                    room[t * width + j] = room[t * runs * columns + j]
+    if form == NORMAL:
+        _bend(out, np.float32((2**bits - 1) / 2), curve[0], curve[1])
+    elif form == PER_CHANNEL:
+        unit = np.float32(2.0**bits / 256)
+        factors = np.empty(width, np.float32)
+        for block in range(n // TOKENS):
+            own = scale[scale_at + block * width : scale_at + (block + 1) * width]
+            _widen_float16(own, factors.view(np.uint32))
+            zeros = zero[zero_at + block * width : zero_at + (block + 1) * width]
+            for t in range(block * TOKENS, (block + 1) * TOKENS):
+                _by_channel(out[t * width : (t + 1) * width], factors, zeros, unit)
+    return out
+
+
+@compiled(fastmath=FAST)
+def _factors(part, scale, zero, scale_at, zero_at, n, block, scales, zeros):
+    """Write the scales and zero points, in levels, of n tokens in one block of dimensions."""
+    blocks = part[BLOCKS]
+    bits = scales[:n].view(np.uint32)
+    own = scale[scale_at : scale_at + n * blocks]
+    for t in range(n):
+        bits[t] = np.uint32(own[t * blocks + block]) << np.uint32(13)
+    for t in range(n):
+        scales[t] *= HALF_UNIT
+    if part[FORM] == PER_TOKEN:
+        unit = np.float32(2.0 ** part[BITS] / 256)
+        levels = zero[zero_at : zero_at + n * blocks]
+        for t in range(n):
+            zeros[t] = unit * np.float32(levels[t * blocks + block])
+    else:
+        zeros[:n] = np.float32(0)
+
+
+@compiled(fastmath=FAST)
+def _add_scores(scores, query, x, block, scaled, scales, zeros, found):
+    """Add to scores [r, n] the products of queries [r, D] with a block of levels [n, B, D]."""
+    rows, n = query.shape[0], x.shape[0]
+    for r in range(0, rows, 4):
+        if r + 4 <= rows:
+            _four_dots(query[r:], x, block, found)
+        else:
+            for s in range(r, rows):
+                _dots(query[s], x, block, found[s - r])
+        for s in range(r, min(r + 4, rows)):
+            to, own = scores[s], found[s - r]
+            if scaled:
+                total = _sum(query[s])
+                for t in range(n):
+                    to[t] += scales[t] * (own[t] - zeros[t] * total)
+            else:
+                for t in range(n):
+                    to[t] += own[t]
+
+
+@compiled(fastmath=FAST)
+def _sum(x):
+    total = np.float32(0)
+    for j in range(x.shape[0]):
+        total += x[j]
+    return total
+
+
+@compiled(fastmath=FAST)
+def _scaled(weights, n, scales, zeros, own):
+    """Write n weights times scales, and return their sum with the zero points."""
+    lost = np.float32(0)
+    for t in range(n):
+        own[t] = weights[t] * scales[t]
+    for t in range(n):
+        lost += own[t] * zeros[t]
+    return lost
+
+
+@compiled(fastmath=FAST)
+def _add_values(sums, weights, x, block, scaled, scales, zeros, room):
+    """Add to sums [r, B, D] a block of levels [n, B, D] times weights [r, n]."""
+    for r in range(sums.shape[0]):
+        out, own, lost = sums[r, block], weights[r], np.float32(0)
+        if scaled:
+            lost = _scaled(own, x.shape[0], scales, zeros, room)
+            own = room
+        _add(out, own, x, block)
+        if scaled:
+            for j in range(out.shape[0]):
+                out[j] -= lost
+
+
+@compiled(fastmath=FAST)
+def _weigh(scores, n, marks, sums, bits):
+    """Make weights of n scores of each row, relative to the marks, which may rise."""
+    rows, v = scores.shape[0], sums.shape[0] // scores.shape[0]
+    for r in range(rows):
+        own = scores[r, :n]
+        top = max(marks[r], _highest(own))
+        kept = np.float32(2.0) ** (marks[r] - top)
+        marks[r] = top
+        marks[rows + r] = marks[rows + r] * kept + _powers_of_two(own, top, bits[:n])
+        if kept != 1:
+            for j in range(r * v, (r + 1) * v):
+                sums[j] *= kept
+
+
+@compiled()
+def _attend_some(
+    query, table, curves, codes, scales, zeros, mask, rows, b, group, start, stop, step, sums,
+    marks,
+):  # fmt: skip
+    """Attend with queries [r * k] over the tokens of a unit; sums [r * v], marks [2 * r]."""
+    values, k = table.shape[0] - 1, query.shape[0] // rows
+    v = sums.shape[0] // rows
+    most = 0
+    for p in range(table.shape[0]):
+        most = max(most, table[p, WIDTH])
+    room = np.empty(step * (most + SPARE), np.float32)
+    scores, found = np.empty((rows, step), np.float32), np.empty((4, step), np.float32)
+    scale, zero = np.ones(step, np.float32), np.zeros(step, np.float32)
+    bits, queries = np.empty(step, np.int32), np.empty(rows * most, np.float32)
+    sums[:] = 0
+    marks[:rows] = NOTHING
+    marks[rows:] = 0
+    for low in range(start, stop, step):
+        n = min(step, stop - low)
+        scores[:] = 0
+        if mask.shape[0]:
+            masked = mask[min(b, mask.shape[0] - 1)]
+            for r in range(rows):
+                head = min(group * rows + r, masked.shape[0] - 1)
+                scores[r, :n] = masked[head, low : low + n]
+        for p in range(values + 1):
+            part, latents, width = table[p], table[p, LATENTS], table[p, WIDTH]
+            if width == 0:
+                continue
+            if p == values:
+                _weigh(scores, n, marks, sums, bits)
+            form = part[FORM]
+            scaled = form in (PER_TOKEN, NORMAL)
+            blocks, shared = part[BLOCKS] if scaled else 1, rows // latents
+            size = width // blocks
+            for latent in range(latents):
+                g = group * latents + latent
+                at = part[CODES] + b * part[CODES_B] + g * part[CODES_G] + low * part[ROW]
+                stored = low * blocks if scaled else low // TOKENS * width
+                scale_at = part[SCALE] + b * part[SCALE_B] + g * part[SCALE_G] + stored
+                zero_at = part[ZERO] + b * part[ZERO_B] + g * part[ZERO_G] + stored
+                x = _levels(
+                    part, curves[p], codes[p], scales[p], zeros[p], at, scale_at, zero_at, n, room
+                ).reshape(n, blocks, size)  # fmt: skip
+                r0, r1 = latent * shared, (latent + 1) * shared
+                for block in range(blocks):
+                    if scaled:
+                        _factors(
+                            part, scales[p], zeros[p], scale_at, zero_at, n, block, scale, zero
+                        )
+                    if p < values:
+                        own = queries[: shared * size].reshape(shared, size)
+                        first = part[FIRST] + block * size
+                        for r in range(shared):
+                            own[r] = query[(r0 + r) * k + first :][:size]
+                        _add_scores(scores[r0:r1], own, x, block, scaled, scale, zero, found)
+                    else:
+                        _add_values(
+                            sums[r0 * v : r1 * v].reshape(shared, blocks, size), scores[r0:r1], x,
+                            block, scaled, scale, zero, found[0],
+                        )  # fmt: skip
+
+
+@compiled(parallel=True)
+def attend(
+    query, table, curves, codes, scales, zeros, mask, groups, tokens, splits, step, sums, marks
+):
+    """Attend over one span.
+
+    Args:
+        query: float32 [b, h * k], times the factor of the scores and the logarithm of e to base 2.
+        table: int64 [parts, fields]; the values are the last part.
+        curves: float32 [parts, 2], of levels of normal numbers.
+        codes: of each part the bytes, uint8.
+        scales: likewise, fp16 numbers as uint16.
+        zeros: likewise, uint8.
+        mask: float32 [b or 1, h or 1, s], added to scores; [0, 0, 0] for none.
+        groups: of heads.
+        tokens: of the span.
+        splits: of the tokens.
+        step: tokens that are unpacked at a time.
+        sums: float32 [b, groups, splits, r * v], written.
+        marks: float32 [b, groups, splits, 2 * r]: the powers of two and the norms, written.
+    """
+    b = query.shape[0]
+    rows = marks.shape[3] // 2
+    share = -(-tokens // (splits * step)) * step
+    size = query.shape[1] // groups
+    for unit in numba.prange(b * groups * splits):
+        split, pair = unit % splits, unit // splits
+        group, one = pair % groups, pair // groups
+        _attend_some(
+            query[one, group * size : (group + 1) * size],
+            table, curves, codes, scales, zeros, mask, rows, one, group,
+            min(split * share, tokens), min((split + 1) * share, tokens), step,
+            sums[one, group, split], marks[one, group, split],
+        )  # fmt: skip
+
+
+@compiled(fastmath=FAST)
+def join(sums, marks, out):
+    """Write the averages [b, groups, r, v] of what the units left."""
+    rows, v = out.shape[2], out.shape[3]
+    for b in range(out.shape[0]):
+        for g in range(out.shape[1]):
+            for r in range(out.shape[2]):
+                top = NOTHING
+                for s in range(sums.shape[2]):
+                    top = max(top, marks[b, g, s, r])
+                to, norm = out[b, g, r], np.float32(0)
+                to[:] = 0
+                for s in range(sums.shape[2]):
+                    kept = np.float32(2.0) ** (marks[b, g, s, r] - top)
+                    norm += kept * marks[b, g, s, rows + r]
+                    for j in range(v):
+                        to[j] += kept * sums[b, g, s, r * v + j]
+                if norm != 0:
+                    for j in range(to.shape[0]):
+                        to[j] /= norm

@@ -1,0 +1,228 @@
+"""The decode kernel for CPUs beside a naive one in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from decode_reference import FORMS, Side, attended, case, drawn, error
+from naive_packed import LAYERS, naive_attention
+from vdcompress.modeling import numba_decode
+from vdcompress.modeling.attention import latent_attention, matmul_attention
+from vdcompress.modeling.decode_spans import Span
+from vdcompress.modeling.numba_decode import attend_exact, attend_packed, can_decode, decode
+from vdcompress.modeling.packed_cache import PackedLayer
+
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+SCALE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def _always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numba_decode, "WORTH", 0)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: Any) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def check(query: Tensor, spans: list[Span], mask: Tensor | None = None) -> Tensor:
+    found = decode(query, spans, mask, SCALE)
+    assert found.dtype == query.dtype
+    expected = attended(query, spans, mask, SCALE)
+    assert error(found, expected) < TOLERANCE[query.dtype]
+    return found
+
+
+@pytest.mark.parametrize(("form", "bits"), FORMS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_form_with_a_latent_for_each_head(form: str, bits: int, dtype: Any) -> None:
+    tokens = 672 if form == "per_channel" else 677
+    query, spans = case([(2, 40, form, bits)], (2, 24, form, bits), tokens, 2, dtype)
+    check(query, spans)
+
+
+@pytest.mark.parametrize(("form", "bits"), FORMS)
+def test_every_form_with_one_latent_in_several_blocks(form: str, bits: int, threads: int) -> None:
+    query, spans = case([(1, 72, form, bits)], (1, 136, form, bits), 640, 8, torch.float32)
+    check(query, spans)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("width", [1, 3, 17, 37, 61])
+def test_widths_that_do_not_fill_words(width: int, bits: int) -> None:
+    query, spans = case(
+        [(2, width, "per_token", bits)], (2, width + 2, "per_token", bits), 90, 2, torch.float32
+    )
+    check(query, spans)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups"), [(4, 2), (6, 2), (3, 1), (8, 4), (32, 1), (5, 1), (14, 2)]
+)
+def test_grouped_queries(heads: int, groups: int, threads: int) -> None:
+    key, value = (groups, 40, "per_token", 4), (groups, 80, "per_token", 8)
+    check(*case([key], value, 90, heads, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ([(8, 16, "exact", 16), (1, 48, "per_token", 4)], (1, 64, "per_token", 4)),
+        ([(1, 16, "per_token", 8), (1, 96, "normal", 3)], (1, 128, "normal", 2)),
+        ([(4, 24, "normal", 4), (4, 16, "exact", 16)], (4, 40, "exact", 16)),
+        ([(2, 18, "per_channel", 4), (2, 14, "per_token", 4)], (8, 24, "per_token", 3)),
+        ([(8, 40, "per_token", 8)], (1, 40, "per_channel", 4)),
+        ([(8, 40, "exact", 16)], (1, 40, "exact", 16)),
+    ],
+)
+def test_parts_with_their_own_bits_and_groups(keys: Side, value: Any) -> None:
+    check(*case(keys, value, 64, 8, torch.float16))
+
+
+@pytest.mark.parametrize("kind", ["left padding", "added", "infinite", "of each head"])
+def test_masks(kind: str) -> None:
+    key, value = (2, 40, "per_token", 4), (2, 40, "per_token", 4)
+    query, spans = case([key], value, 590, 4, torch.float32)
+    mask = torch.arange(590) >= torch.tensor([[0], [570]])
+    mask = mask[:, None, None]
+    if kind in {"added", "infinite"}:
+        lowest = -torch.inf if kind == "infinite" else torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape).masked_fill(~mask, lowest)
+    if kind == "of each head":
+        mask = mask & (torch.arange(590) % 7 != torch.arange(4)[:, None])[None, :, None]
+    check(query, spans, mask)
+
+
+def test_nothing_to_attend_to_is_zero() -> None:
+    query, spans = case([(1, 40, "exact", 16)], (1, 40, "exact", 16), 400, 2, torch.float32)
+    mask = torch.zeros(2, 1, 1, 400, dtype=torch.bool)
+    mask[1] = True
+    found = decode(query, spans, mask, SCALE)
+    assert not found[0].any()
+    assert error(found[1:], attended(query, spans, None, SCALE)[1:]) < 4e-6
+
+
+def test_small_values_beside_a_large_sink() -> None:
+    """Weights far below the largest one, times values far below 1, must not vanish."""
+    query, spans = case([(1, 40, "exact", 16)], (1, 40, "exact", 16), 900, 1, torch.float32)
+    key, value = spans[0].keys[0].codes, spans[0].values.codes
+    query[..., 0], key[..., 0] = 10, 0
+    key[:, :, 0] = 0
+    key[:, :, 0, 0] = 20 / (10 * SCALE)
+    value *= 1e-3
+    value[:, :, 0] = 0
+    check(query, spans)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_what_is_no_number_stays_none(side: str) -> None:
+    query, spans = case([(2, 40, "exact", 16)], (2, 40, "exact", 16), 90, 2, torch.float32)
+    part = spans[0].keys[0] if side == "keys" else spans[0].values
+    part.codes[0, 1, 50, 3] = torch.nan
+    found = decode(query, spans, None, SCALE)
+    assert found[0, 1].isnan().any()
+    assert found[0, 0].isfinite().all()
+    assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (4, 20)])
+def test_a_packed_cache(name: str, sinks: int, window: int, threads: int) -> None:
+    layout, tokens = LAYERS[name], 110
+    shapes = ((4, layout.k_head_dim), (layout.k_groups, layout.k_head_dim))
+    shapes = (*shapes, (layout.v_groups, layout.v_head_dim))
+    sides = [drawn(2, g, tokens, w, seed=5, dtype=torch.float32) for g, w in shapes]
+    expected = naive_attention(*sides, layout, scaling=SCALE, sinks=sinks, window=window)
+    cache = PackedLayer(layout, sinks, window)
+    for stop, new in ((1, 1), (107, 106), (108, 1), (110, 2)):
+        query, key, value = (x[:, :, stop - new : stop] for x in sides)
+        found = attend_packed(query[:, :, -1:], *cache.update(key, value), None, SCALE)
+        assert found is not None
+        assert error(found, expected[:, :, stop - 1 : stop]) < 4e-6
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_view_into_a_larger_room(dtype: Any) -> None:
+    """Caches have room behind their tokens, and a beam may be a view."""
+    room = drawn(3, 4, 200, 40, seed=1, dtype=dtype)
+    query = drawn(2, 4, 1, 40, seed=2, dtype=dtype)
+    key, value = room[1:, :, 7:150], room[1:, 2:3, 3:146, :]
+    found = attend_exact(query, key, value, None, SCALE)
+    expected, _ = matmul_attention(
+        nn.Module().eval(), query.double(), key.double(), value.double(), None, scaling=SCALE
+    )
+    assert found is not None
+    assert error(found.transpose(1, 2), expected) < TOLERANCE[dtype]
+
+
+def test_attention_uses_it_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(numba_decode, "decode", lambda *given: seen.append(1) or given[0])
+    monkeypatch.setattr(numba_decode, "WORTH", 2 * 4 * 40 * 30)
+    query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 30, 40)
+    module = nn.Module().eval()
+    latent_attention(module, query, x[:, :, 1:], x[:, :, 1:], None, SCALE)
+    assert not seen
+    latent_attention(module, query, x, x, None, SCALE)
+    assert seen
+
+
+def test_what_it_does_not_know_is_left_to_others() -> None:
+    one, two = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2, 40)
+    assert can_decode(one, [torch.bfloat16], 1)
+    assert not can_decode(two, [torch.float32], 1)
+    assert not can_decode(one.double(), [torch.float64], 1)
+    assert not can_decode(one, [torch.float64], 1)
+    assert not can_decode(one.requires_grad_(), [torch.float32], 1)
+
+
+def test_several_python_threads_at_once() -> None:
+    cases = [
+        case([(2, 40, "per_token", 4)], (2, 24, "per_token", 4), n, 4, torch.float32)
+        for n in (300, 400, 500, 600)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        for given, found in zip(
+            cases, pool.map(lambda given: decode(*given, None, SCALE), cases), strict=True
+        ):
+            assert error(found, attended(*given, None, SCALE)) < 4e-6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_it_to_others() -> None:
+    """Numba ends a process that is forked after its threads were started and uses them again."""
+    code = """
+import os, torch
+from vdcompress.modeling import numba_decode as own
+query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2000, 40)
+assert own.attend_exact(query, x, x, None, 1.0) is not None
+pid = os.fork()
+if not pid:
+    os._exit(own.attend_exact(query, x, x, None, 1.0) is not None)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_numba_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (drawn(1, 4, s, 40, seed=s, dtype=torch.float32) for s in (1, 90, 91))
+    value = value[:, :, :90]
+    module = nn.Module().eval()
+    found, _ = latent_attention(module, query, key, value, None, SCALE)
+    monkeypatch.setitem(sys.modules, "vdcompress.modeling.numba_decode", None)
+    plain, _ = latent_attention(module, query, key, value, None, SCALE)
+    assert error(found, plain.double()) < 4e-6
+    assert not torch.equal(found, plain)  # made in another way

@@ -52,6 +52,7 @@ class Trial:
         share: of the tokens, how many are different; the rest are further passes.
         before: settings of a first phase, and its part of the tokens.
         balance: of the documents, as :func:`healing_data.windows` has it.
+        twice: likewise.
     """
 
     settings: HealSettings = MIDDLE
@@ -59,6 +60,7 @@ class Trial:
     share: float = 1.0
     before: tuple[HealSettings, float] | None = None
     balance: float = 1.0
+    twice: bool = True
 
 
 def _with(**changes: Any) -> Trial:
@@ -167,7 +169,18 @@ THIRD_ROUND: dict[str, Trial] = {
     ),
     "that, batch 32, every document alike": Trial(replace(BEST, batch_size=32), 256, balance=0.0),
 }
-EVERY = TRIALS | COMBINATIONS | SECOND_ROUND | THIRD_ROUND
+LONGER = replace(BEST, batch_size=16, learning_rate=5e-4)
+FOURTH_ROUND: dict[str, Trial] = {
+    "16 windows of 512, lr 5e-4": Trial(LONGER, 512),
+    "16 windows of 512, lr 5e-4, documents by their root": Trial(LONGER, 512, balance=0.5),
+    "16 windows of 512, lr 5e-4, documents by their root, none twice": Trial(
+        LONGER, 512, balance=0.5, twice=False
+    ),
+    "8 windows of 1024, lr 5e-4, documents by their root": Trial(
+        replace(LONGER, batch_size=8), 1024, balance=0.5
+    ),
+}
+EVERY = TRIALS | COMBINATIONS | SECOND_ROUND | THIRD_ROUND | FOURTH_ROUND
 
 
 def main() -> None:
@@ -228,7 +241,9 @@ def once(starts: Starts, student: Any, trial: Trial, tokens: float) -> Healed:
         return heal(
             student,
             starts.base.model,
-            healing_data.windows(trial.length, int(tokens / trial.length), balance=trial.balance),
+            healing_data.windows(
+                trial.length, int(tokens / trial.length), balance=trial.balance, twice=trial.twice
+            ),
             healing_data.tokens("validation-1024"),
             trial.settings,
             checkpoints=Path(folder) / "run",

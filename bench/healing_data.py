@@ -40,11 +40,18 @@ def tokens(name: str) -> Tensor:
         return torch.from_numpy(found[name].astype(np.int64))
 
 
-def windows(length: int, count: int | None = None, seed: int = 0, balance: float = 1.0) -> Tensor:
+def windows(
+    length: int,
+    count: int | None = None,
+    seed: int = 0,
+    balance: float = 1.0,
+    twice: bool = True,
+) -> Tensor:
     """Return windows [count, length] from all over the training text; None for all of it.
 
     A document is worth its length to the power of ``balance``, shared by its windows; with 1 every
-    window is worth the same, with less those of short documents may come more than once.
+    window is worth the same, with less those of short documents may come more than once, or are
+    only likelier to be among the windows where ``twice`` is not allowed.
     """
     stream = tokens("train")
     whole = stream[: len(stream) // length * length].view(-1, length)
@@ -53,8 +60,12 @@ def windows(length: int, count: int | None = None, seed: int = 0, balance: float
     draw = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(whole), generator=draw)
     worth = document_lengths(stream)[::length][: len(whole)].double().pow(balance - 1.0)[order]
-    edges = worth.cumsum(0) * (count / worth.sum())
-    chosen = torch.searchsorted(edges, torch.arange(count, dtype=edges.dtype) + 0.5)
+    if twice:
+        edges = worth.cumsum(0) * (count / worth.sum())
+        chosen = torch.searchsorted(edges, torch.arange(count, dtype=edges.dtype) + 0.5)
+    else:
+        arrivals = torch.empty_like(worth).exponential_(generator=draw) / worth
+        chosen = arrivals.argsort()[:count]
     return whole[order[chosen]][torch.randperm(count, generator=draw)]
 
 

@@ -8,10 +8,12 @@ from typing import Any
 from bits_tables import increase
 from cells import ROOT, asked_words, changes, figures, held_out_kl, results
 
+from vdcompress.healing.settings import HIDDEN_WEIGHT
 from vdcompress.report import Table
 
 PYTHIA, LLAMA = "pythia-70m-standin", "llama-32m-standin"
 MIDDLE = "middle"
+HELD_OUT = ("held-out books", "held-out docs")
 MILLION = 1e6
 Row = dict[str, Any]
 
@@ -80,7 +82,7 @@ def targets(model: str, *, divergences: bool = False) -> Table:
     whole = str(found["base_bytes_per_token"])
     blank = ("",) * (2 if divergences else 0)
     first = ("*uncompressed*", whole, "100.0%", "", figures(found["base"]), "", "", *blank)
-    measured = ("no training", "healed", "its change", "tokens")
+    measured = ("no training", "healed", "its change", "windows, rate")
     header = ("setting", "bytes per token", "of fp16", *measured)
     if divergences:
         header += ("KL on held-out books / documents", "healed")
@@ -92,10 +94,14 @@ def _target(row: Row, found: dict[str, Any]) -> tuple[str, ...]:
     size = row["bytes_per_token"]
     share = f"{size / found['base_bytes_per_token']:.1%}"
     free, healed = row["training_free"], row["healed"]
-    tokens = f"{row['tokens_seen'] / MILLION:.1f}M"
-    ends = (figures(free), figures(healed), changes(healed), tokens)
+    ends = (figures(free), figures(healed), changes(healed), _windows_and_rate(row))
     chosen = (held_out_kl(free), held_out_kl(healed))
     return (asked_words(row["asked"]), str(size), share, *ends, *chosen)
+
+
+def _windows_and_rate(row: Row) -> str:
+    settings = row["settings"]
+    return f"{settings['batch_size']} x {row['length']}, {settings['learning_rate']:g}"
 
 
 def bits(model: str) -> Table:
@@ -120,19 +126,38 @@ def _lost(texts: dict[str, Any], base: dict[str, Any]) -> tuple[str, str]:
 
 
 def balance(model: str) -> Table:
-    """Show what drawing short documents more often does to one setting."""
-    drawn = results(f"healing-balance-{model}")["rows"]
-    names = {row["name"] for row in drawn}
-    alike = [row for row in results(f"healing-targets-{model}")["rows"] if row["name"] in names]
+    """Show what drawing short documents more often does, and longer windows, lower rates."""
+    found = sorted(results(f"healing-balance-{model}")["rows"], key=lambda row: row["name"])
+    names = list(dict.fromkeys(row["name"] for row in found))
     rows = []
-    for row in (*alike, *drawn):
-        words = "all windows alike" if row.get("balance", 1) == 1 else "documents by their root"
-        weight = f"{row['settings']['hidden_weight']:g}"
-        ends = (figures(row["healed"]), held_out_kl(row["healed"]))
-        rows.append((asked_words(row["asked"]), words, weight, *ends))
-    measured = ("books / docs / wikitext2", "KL on held-out books / documents")
-    header = ("setting", "what is drawn", "weight of hidden states", *measured)
-    return Table("", header, tuple(rows), words=2)
+    for row in sorted(found, key=lambda row: (names.index(row["name"]), _mean_kl(row))):
+        settings = row["settings"]
+        trained = settings["train"]
+        if settings["hidden_weight"] != HIDDEN_WEIGHT:
+            trained += f", states {settings['hidden_weight']:g}"
+        ends = (figures(row["healed"]), held_out_kl(row["healed"]), f"{_mean_kl(row):.4f}")
+        rows.append(
+            (asked_words(row["asked"]), _drawn(row), _windows_and_rate(row), trained, *ends)
+        )
+    measured = ("books / docs / wikitext2", "KL on held-out books / documents", "mean")
+    return Table(
+        "", ("setting", "drawn", "windows, rate", "trained", *measured), tuple(rows), words=2
+    )
+
+
+def _drawn(row: Row) -> str:
+    """Say which windows were drawn."""
+    power = row.get("balance", 1.0)
+    if power == 1:
+        return "windows alike"
+    words = "documents alike" if power == 0 else "documents by their root"
+    return words if row.get("twice", True) else f"{words}, none twice"
+
+
+def _mean_kl(row: Row) -> float:
+    """Return the mean divergence on held-out books and documents, by which ways are chosen."""
+    texts = [row["healed"][name]["kl"] for name in HELD_OUT]
+    return sum(texts) / len(texts)
 
 
 def long(model: str) -> Table:

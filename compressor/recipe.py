@@ -129,13 +129,17 @@ class TrainingSection(Section):
 class HealSection(TrainingSection):
     """How a finetune heals; ``data`` null is the training part of the calibration's text.
 
+    Where the text has more than ``samples`` sequences, a document is drawn in proportion to its
+    length to the power ``balance``, nothing of it twice.
+
     ``report_to`` names trackers such as ``tensorboard``, which write into the run's ``logs``.
     """
 
     data: str | None = None
-    samples: Count = 40_000
+    samples: Count = 20_000
     validation_samples: Count = 500
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.5
     report_to: tuple[str, ...] = ()
 
 

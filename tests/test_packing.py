@@ -72,6 +72,39 @@ def test_all_of_a_text_can_be_had(tiny_tokenizer: Any) -> None:
     assert found.eq(END).sum() >= len(texts) - 15
 
 
+def share_of_short_documents(windows: torch.Tensor, texts: list[str]) -> float:
+    """Return the part of all words that is from documents of at most 40 words."""
+    short = {word for text in texts if text.count("w") <= 40 for word in text.split()}
+    words = words_in(windows)
+    return sum(word in short for word in words) / len(words)
+
+
+def test_balance_draws_short_documents_first_and_nothing_twice(tiny_tokenizer: Any) -> None:
+    texts = numbered(20_000)
+
+    def packed(balance: float) -> torch.Tensor:
+        return pack_windows(texts, tiny_tokenizer, count=400, length=100, seed=1, balance=balance)
+
+    shares = [share_of_short_documents(packed(balance), texts) for balance in (1.0, 0.5, 0.0)]
+    whole = sum(text.count("w") for text in texts if text.count("w") <= 40) / 20_000
+    assert shares[0] == pytest.approx(whole, abs=0.05)
+    assert whole + 0.05 < shares[1] < shares[2] - 0.05
+    words = words_in(packed(0.0))
+    assert len(set(words)) == len(words)
+
+
+def test_balance_takes_nothing_from_a_text_that_is_wanted_whole(tiny_tokenizer: Any) -> None:
+    texts = numbered()
+
+    def words(balance: float) -> set[str]:
+        found = pack_windows(
+            texts, tiny_tokenizer, count=10**4, length=8, seed=0, balance=balance, allow_fewer=True
+        )
+        return set(words_in(found))
+
+    assert len(words(0.5) ^ words(1.0)) < 8
+
+
 def test_a_part_comes_from_all_over_the_text(tiny_tokenizer: Any) -> None:
     texts = numbered(20_000)
 
@@ -165,5 +198,5 @@ def test_a_short_text_is_told_of(tiny_tokenizer: Any, tmp_path: Path) -> None:
 
     training, _ = text.healing_windows(recipe, tiny_tokenizer, heard.append)
 
-    assert f"holds {len(training):,} sequences for training, not 40,000" in str(heard[0])
+    assert f"holds {len(training):,} sequences for training, not 20,000" in str(heard[0])
     assert all(isinstance(event, Warned) for event in heard)

@@ -1,12 +1,15 @@
 """Pack text into sequences for training: nothing twice, nothing left out, and no padding.
 
 Documents are cut into blocks of a few sequences; a random choice of blocks, as much as is needed,
-is kept while the text streams by, then tokenised, joined and cut into sequences.
+is kept while the text streams by, then tokenised, joined and cut into sequences. Blocks are drawn
+without replacement in proportion to their weights: each gets a random time, exponentially
+distributed at the rate of its weight, and the earliest are kept (Efraimidis and Spirakis, 2006).
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -38,13 +41,14 @@ def pack_windows(
     count: int,
     length: int,
     seed: int,
+    balance: float = 1.0,
     allow_fewer: bool = False,
 ) -> torch.Tensor:
     """Pack a random part of a text into sequences, in one pass over it.
 
-    Blocks stand in random order, each closed by the end-of-text token, so a sequence may run from
-    one into the next; no token of the text is in two sequences. In memory are at most 16 characters
-    for each token asked for, however long the text is.
+    Blocks stand in the order of their times, each closed by the end-of-text token, so a sequence
+    may run from one into the next; no token of the text is in two sequences. In memory are at most
+    16 characters for each token asked for, however long the text is.
 
     Args:
         documents: texts.
@@ -52,6 +56,8 @@ def pack_windows(
         count: number of sequences.
         length: tokens of each.
         seed: the same seed and text give the same sequences.
+        balance: a document weighs its length to this power, shared by its blocks: 1 makes all
+            parts of the text equally likely, less makes those of short documents likelier.
         allow_fewer: where the text is short, return as many as it holds, at least one.
 
     Returns:
@@ -64,7 +70,9 @@ def pack_windows(
     end, wanted = end_of_text(tokenizer), count * length
     sequences = min(BLOCK, max(1, count // _FEWEST_BLOCKS))
     size = _CHARACTERS_PER_TOKEN * length * sequences
-    blocks = (block for text in documents for block in _cut(text, size))
+    blocks = (
+        (block, len(text) ** (balance - 1)) for text in documents for block in _cut(text, size)
+    )
     kept = _choose(blocks, MOST_CHARACTERS_PER_TOKEN * wanted, seed)
     packed = np.empty(wanted, dtype=np.int32)
     filled = 0
@@ -89,13 +97,14 @@ def _cut(text: str, size: int) -> Iterator[str]:
         start = stop
 
 
-def _choose(blocks: Iterable[str], characters: int, seed: int) -> list[str]:
-    """Return randomly chosen blocks in random order: all, or so many characters and no more."""
+def _choose(blocks: Iterable[tuple[str, float]], characters: int, seed: int) -> list[str]:
+    """Return the earliest of weighted blocks by their times: all, or so many characters."""
     rng = np.random.default_rng(seed)
     kept: list[tuple[float, str]] = []
     size = 0
-    for block in blocks:
-        heapq.heappush(kept, (-rng.random(), block))
+    for block, weight in blocks:
+        time = -math.log1p(-rng.random()) / weight
+        heapq.heappush(kept, (-time, block))
         size += len(block)
         while size > characters and len(kept) > 1:
             size -= len(heapq.heappop(kept)[1])

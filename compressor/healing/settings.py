@@ -64,12 +64,12 @@ class HealSettings:
 
     epochs: int = 1
     patience: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     latents_rate: float = 1.0
     attention_rate: float = 1.0
     body_rate: float = 1 / 3
     embeddings_rate: float = 1.0
-    batch_size: int = 32
+    batch_size: int = 16
     micro_batch: int | None = None
     distill: bool = True
     target: Target = "outputs"

@@ -25,7 +25,7 @@ from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
 
 WORTH = 2**18  # numbers of latents from which on a kernel is worth loading
-NUMBERS, MOST = 8192, 256  # that are unpacked at a time, and tokens
+NUMBERS, MOST = 2**15, 1024  # that are unpacked at a time, and tokens: long runs of memory
 PARTS = 3  # at most; as many for all, so that a kernel is compiled once
 DTYPES = {
     torch.float32: kernels.FLOAT32,
@@ -130,8 +130,9 @@ def _attended(  # noqa: PLR0917
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums [b, groups, splits, r * v] and marks [b, groups, splits, 2 * r] of a span."""
     b, widest = len(queries), max(part.width for part in span.parts)
-    step = min(MOST, max(NUMBERS // widest // kernels.TOKENS, 1) * kernels.TOKENS)
-    splits = min(threads // math.gcd(threads, b * groups), -(-span.tokens // step))
+    share = _whole(-(-span.tokens // (threads // math.gcd(threads, b * groups))))
+    step = min(share, MOST, max(NUMBERS // widest // kernels.TOKENS, 1) * kernels.TOKENS)
+    splits = -(-span.tokens // share)
     sums = np.empty((b, groups, splits, rows * span.values.width), np.float32)
     marks = np.empty((b, groups, splits, 2 * rows), np.float32)
     parts = (*span.keys, *(None,) * (PARTS - len(span.parts)), span.values)
@@ -145,12 +146,17 @@ def _attended(  # noqa: PLR0917
         mask,
         groups,
         span.tokens,
-        splits,
+        share,
         step,
         sums,
         marks,
     )
     return sums, marks
+
+
+def _whole(tokens: int) -> int:
+    """Return the least number of tokens, whole blocks of every scheme, that is not below."""
+    return -(-tokens // kernels.TOKENS) * kernels.TOKENS
 
 
 def _table(parts: Sequence[PartTokens | None], groups: int) -> np.ndarray:

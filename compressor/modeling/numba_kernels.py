@@ -386,7 +386,7 @@ def _attend_some(
 
 @compiled(parallel=True)
 def attend(
-    query, table, curves, codes, scales, zeros, mask, groups, tokens, splits, step, sums, marks
+    query, table, curves, codes, scales, zeros, mask, groups, tokens, share, step, sums, marks
 ):
     """Attend over one span.
 
@@ -400,14 +400,12 @@ def attend(
         mask: float32 [b or 1, h or 1, s], added to scores; [0, 0, 0] for none.
         groups: of heads.
         tokens: of the span.
-        splits: of the tokens.
+        share: tokens of a unit, a multiple of :data:`TOKENS`.
         step: tokens that are unpacked at a time.
         sums: float32 [b, groups, splits, r * v], written.
         marks: float32 [b, groups, splits, 2 * r]: the powers of two and the norms, written.
     """
-    b = query.shape[0]
-    rows = marks.shape[3] // 2
-    share = -(-tokens // (splits * step)) * step
+    b, splits, rows = query.shape[0], sums.shape[2], marks.shape[3] // 2
     size = query.shape[1] // groups
     for unit in numba.prange(b * groups * splits):
         split, pair = unit % splits, unit // splits

@@ -65,6 +65,7 @@ def healing_windows(
         count=section.samples,
         length=section.seq_len,
         seed=section.seed,
+        balance=section.balance,
         allow_fewer=True,
     )
     validation = draw_windows(

@@ -133,10 +133,10 @@ def test_a_long_finetune_takes_the_model_of_the_run(vdcompress: Vdcompress, tiny
         yaml.safe_load((run / "recipe.yaml").read_text()) for run in (tiny_run, Path("r"))
     )
     assert {**found, "heal": 0} == {**own, "heal": 0}
-    assert found["heal"]["samples"] == 400_000
-    assert "sequences for training, not 400,000" in ended.err
+    assert found["heal"]["samples"] == 200_000
+    assert "sequences for training, not 200,000" in ended.err
     settings = json.loads(Path("r/results.json").read_text())["healing"]["settings"]
-    assert (settings["batch_size"], settings["epochs"]) == (64, 1)
+    assert (settings["batch_size"], settings["epochs"]) == (32, 1)
     assert settings["hidden_weight"] == 10.0
 
 

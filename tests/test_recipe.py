@@ -79,7 +79,7 @@ def test_a_long_finetune_is_the_default_with_more_tokens() -> None:
     assert found.model_copy(update={"heal": own.heal}) == own
     settings = heal_settings(found)
     settings.validate()
-    longer = HealSettings(batch_size=64, save_steps=1000)
+    longer = HealSettings(batch_size=32, save_steps=1000)
     assert settings == longer.settled()
     heal = found.heal
     assert heal.seq_len == HealSection().seq_len

@@ -12,14 +12,41 @@ import os
 import threading
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import numba_kernels as kernels
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT
+from .numba_kernels import (
+    BFLOAT16,
+    BITS,
+    BLOCKS,
+    CHANNEL_FORM,
+    CODES,
+    CODES_G,
+    FIELDS,
+    FIRST,
+    FLOAT16,
+    FLOAT32,
+    FORM,
+    LATENTS,
+    LOWEST,
+    MOST_THREADS,
+    NORMAL_FORM,
+    ROW,
+    SCALE,
+    SCALE_G,
+    TOKEN_FORM,
+    TOKENS,
+    WIDTH,
+    ZERO,
+    ZERO_G,
+    attend,
+    join,
+    room_for,
+    threads,
+)
 from .packed_latents import PackedLatents
 from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
@@ -28,18 +55,16 @@ WORTH = 2**18  # numbers of latents from which on a kernel is worth loading
 NUMBERS, MOST = 2**15, 1024  # that are unpacked at a time, and tokens: long runs of memory
 PARTS = 3  # at most; as many for all, so that a kernel is compiled once
 DTYPES = {
-    torch.float32: kernels.FLOAT32,
-    torch.bfloat16: kernels.BFLOAT16,
-    torch.float16: kernels.FLOAT16,
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
 }
-FORMS = {
-    PER_TOKEN.name: kernels.PER_TOKEN,
-    NORMAL.name: kernels.NORMAL,
-    PER_CHANNEL.name: kernels.PER_CHANNEL,
+FORMS = {PER_TOKEN.name: TOKEN_FORM, NORMAL.name: NORMAL_FORM, PER_CHANNEL.name: CHANNEL_FORM}
+NOTHING = {
+    dtype: torch.empty(0, dtype=dtype).numpy()
+    for dtype in (torch.float32, torch.uint16, torch.uint8)
 }
-BYTES, HALVES = np.empty(0, np.uint8), np.empty(0, np.uint16)
 NO_MASK = np.empty((0, 0, 0), np.float32)
-MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
 _turn = threading.Lock()  # not every way in which numba runs threads can be entered twice
 _process = os.getpid()  # nor can it be entered in a process that was forked
 
@@ -97,20 +122,15 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     queries = query.detach().float().reshape(b, -1) * (scaling * math.log2(math.e))
     spans = [span for span in spans if span.tokens]
     groups = min(part.codes.shape[1] for part in spans[0].parts)
-    threads = min(torch.get_num_threads(), MOST_THREADS)
-    with _turn:
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            left = [
-                _attended(queries.numpy(), span, groups, h // groups, threads, _added(mask, span))
-                for span in spans
-            ]
-        finally:
-            numba.set_num_threads(before)
+    count = min(torch.get_num_threads(), MOST_THREADS)
+    with _turn, threads(count):
+        left = [
+            _attended(queries.numpy(), span, groups, h // groups, count, _added(mask, span))
+            for span in spans
+        ]
     sums, marks = (x[0] if len(x) == 1 else np.concatenate(x, 2) for x in zip(*left, strict=True))
     out = np.empty((b, groups, h // groups, spans[0].values.width), np.float32)
-    kernels.join(sums, marks, out)
+    join(sums, marks, out)
     return torch.from_numpy(out).view(b, h, 1, -1).to(query.dtype)
 
 
@@ -119,30 +139,34 @@ def _added(mask: Tensor | None, span: Span) -> np.ndarray:
     if mask is None:
         return NO_MASK
     own = mask[:, :, 0, span.start : span.start + span.tokens]
-    lowest = float(kernels.LOWEST)
+    lowest = float(LOWEST)
     if own.dtype == torch.bool:
         return torch.zeros(own.shape).masked_fill_(~own, lowest).numpy()
     return (own.float() * math.log2(math.e)).clamp_min(lowest).contiguous().numpy()
 
 
 def _attended(  # noqa: PLR0917
-    queries: np.ndarray, span: Span, groups: int, rows: int, threads: int, mask: np.ndarray
+    queries: np.ndarray, span: Span, groups: int, rows: int, count: int, mask: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums [b, groups, splits, r * v] and marks [b, groups, splits, 2 * r] of a span."""
     b, widest = len(queries), max(part.width for part in span.parts)
-    share = _whole(-(-span.tokens // (threads // math.gcd(threads, b * groups))))
-    step = min(share, MOST, max(NUMBERS // widest // kernels.TOKENS, 1) * kernels.TOKENS)
+    share = _whole(-(-span.tokens // (count // math.gcd(count, b * groups))))
+    step = min(share, MOST, max(NUMBERS // widest // TOKENS, 1) * TOKENS)
     splits = -(-span.tokens // share)
     sums = np.empty((b, groups, splits, rows * span.values.width), np.float32)
     marks = np.empty((b, groups, splits, 2 * rows), np.float32)
+    room = np.empty((count, room_for(step, widest)), np.float32)
     parts = (*span.keys, *(None,) * (PARTS - len(span.parts)), span.values)
-    kernels.attend(
+    attend(
         queries,
         _table(parts, groups),
         np.array([_curve(part) for part in parts], np.float32),
-        tuple(_memory(part and part.codes, torch.uint8, BYTES) for part in parts),
-        tuple(_memory(part and part.scale, torch.uint16, HALVES) for part in parts),
-        tuple(_memory(part and part.zero, torch.uint8, BYTES) for part in parts),
+        *(
+            tuple(_memory(part and part.codes, dtype) for part in parts)
+            for dtype in (torch.float32, torch.uint16, torch.uint8)
+        ),
+        tuple(_memory(part and part.scale, torch.uint16) for part in parts),
+        tuple(_memory(part and part.zero, torch.uint8) for part in parts),
         mask,
         groups,
         span.tokens,
@@ -150,51 +174,52 @@ def _attended(  # noqa: PLR0917
         step,
         sums,
         marks,
+        room,
+        room.view(np.uint32),
     )
     return sums, marks
 
 
 def _whole(tokens: int) -> int:
     """Return the least number of tokens, whole blocks of every scheme, that is not below."""
-    return -(-tokens // kernels.TOKENS) * kernels.TOKENS
+    return -(-tokens // TOKENS) * TOKENS
 
 
 def _table(parts: Sequence[PartTokens | None], groups: int) -> np.ndarray:
     """Return what the kernels call the fields of each part; those of None are 0."""
-    table = np.zeros((len(parts), len(kernels.FIELDS)), np.int64)
+    table = np.zeros((len(parts), len(FIELDS)), np.int64)
     first = 0
     for row, part in zip(table, parts, strict=True):
         if part is not None:
-            codes, size = part.codes, part.codes.element_size()
-            packed = part.form != EXACT
-            row[kernels.FORM] = FORMS[part.form] if packed else DTYPES[codes.dtype]
-            row[kernels.BITS], row[kernels.WIDTH], row[kernels.FIRST] = part.bits, part.width, first
-            row[kernels.LATENTS] = codes.shape[1] // groups
-            row[kernels.ROW] = codes.shape[3] * size
-            row[kernels.CODES : kernels.CODES_G + 1] = _place(codes, part.first, size)
+            codes, packed = part.codes, part.form != EXACT
+            row[FORM] = FORMS[part.form] if packed else DTYPES[codes.dtype]
+            row[BITS], row[WIDTH], row[FIRST] = part.bits, part.width, first
+            row[LATENTS] = codes.shape[1] // groups
+            row[ROW] = codes.shape[3]
+            row[CODES : CODES_G + 1] = _place(codes, part.first)
             if part.scale is not None:
                 block = part.first // SCHEMES[part.form].token_block
-                row[kernels.BLOCKS] = part.scale.shape[3]
-                row[kernels.SCALE : kernels.SCALE_G + 1] = _place(part.scale, block)
+                row[BLOCKS] = part.scale.shape[3]
+                row[SCALE : SCALE_G + 1] = _place(part.scale, block)
                 if part.zero is not None:
-                    row[kernels.ZERO : kernels.ZERO_G + 1] = _place(part.zero, block)
+                    row[ZERO : ZERO_G + 1] = _place(part.zero, block)
             first += part.width
     return table
 
 
-def _place(x: Tensor, first: int, size: int = 1) -> tuple[int, int, int]:
+def _place(x: Tensor, first: int) -> tuple[int, int, int]:
     """Return where in its memory the first token wanted of [b, g, s, n] is, and two strides."""
     start = int(x.storage_offset()) + first * x.shape[3]
-    return start * size, x.stride(0) * size, x.stride(1) * size
+    return start, x.stride(0), x.stride(1)
 
 
 def _curve(part: PartTokens | None) -> tuple[float, float]:
     return CUBICS[part.bits] if part is not None and part.form == NORMAL.name else (0.0, 0.0)
 
 
-def _memory(x: Tensor | None, dtype: torch.dtype, none: np.ndarray) -> np.ndarray:
-    """Return all memory that a tensor is in."""
-    if x is None:
-        return none
+def _memory(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+    """Return all memory that a tensor is in, if its numbers are as large as those of a dtype."""
+    if x is None or x.element_size() != dtype.itemsize:
+        return NOTHING[dtype]
     whole: np.ndarray = torch.empty(0, dtype=dtype).set_(x.untyped_storage()).numpy()
     return whole

@@ -12,7 +12,8 @@ All jitted functions are in this file because numba's cache looks at one file on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 try:
@@ -21,7 +22,7 @@ try:
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
-FORMS = (FLOAT32, BFLOAT16, FLOAT16, PER_TOKEN, NORMAL, PER_CHANNEL) = range(6)
+FORMS = (FLOAT32, BFLOAT16, FLOAT16, TOKEN_FORM, NORMAL_FORM, CHANNEL_FORM) = range(6)
 FIELDS = (  # of a part in the table that a kernel is given; strides and offsets in numbers
     FORM, BITS, WIDTH, LATENTS, FIRST, BLOCKS, ROW, CODES, CODES_B, CODES_G, SCALE, SCALE_B,
     SCALE_G, ZERO, ZERO_B, ZERO_G,
@@ -36,6 +37,25 @@ HALF_UNIT = np.float32(2.0**112)  # an fp16 number over the float32 with its bit
 # 2 ** f for 0 <= f < 1 at Chebyshev's points: 2e-8 of it at most, below float32's own rounding.
 _POWERS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, [0, 1])
 C = tuple(np.float32(c) for c in _POWERS.convert(kind=np.polynomial.Polynomial).coef)
+
+
+MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+
+
+def room_for(step: int, widest: int) -> int:
+    """Return how many numbers of room a thread needs: levels, then scales, then factors."""
+    return step * (widest + SPARE) + step + max(step, widest)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let kernels run on so many threads, at most :data:`MOST_THREADS`."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(count)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -108,11 +128,11 @@ def _highest(x):
 
 
 @compiled(fastmath=FAST)
-def _powers_of_two(x, top, bits):
-    """Write 2 ** (x - top) over x and return their sum; bits is room, int32 of the same length."""
+def _powers_of_two(x, top, whole, bits):
+    """Write 2 ** (x - top) over x and return their sum; whole, whose bits are bits, is room."""
     for j in range(x.shape[0]):
-        bits[j] = (np.int32(np.floor(max(x[j] - top, SMALLEST))) + np.int32(127)) << np.int32(23)
-    whole = bits.view(np.float32)
+        power = np.int32(np.floor(max(x[j] - top, SMALLEST)))
+        bits[j] = np.uint32(power + np.int32(127)) << np.uint32(23)
     total = np.float32(0)
     for j in range(x.shape[0]):
         own = x[j] - top
@@ -132,11 +152,10 @@ def _widen_bfloat16(x, out):
 
 
 @compiled()
-def _widen_float16(x, bits):
-    """Write fp16 numbers, uint16, as float32 ones, whose bits are ``bits``."""
+def _widen_float16(x, out, bits):
+    """Write fp16 numbers, uint16, as float32 ones; ``bits`` are those of ``out``."""
     for j in range(x.shape[0]):
         bits[j] = np.uint32(x[j] & np.uint16(0x7FFF)) << np.uint32(13)
-    out = bits.view(np.float32)
     for j in range(x.shape[0]):
         out[j] *= HALF_UNIT
     for j in range(x.shape[0]):
@@ -192,40 +211,40 @@ def _by_channel(x, scale, zero, unit):
 
 
 @compiled()
-def _levels(part, curve, codes, scale, zero, at, scale_at, zero_at, n, room):
+def _levels(
+    part, curve, numbers, halves, codes, scale, zero, at, scale_at, zero_at, n, room, room_bits,
+    factors, factor_bits,
+):  # fmt: skip
     """Return the levels [n * w] of n latents that begin at ``at``; they may lie in ``room``."""
     form, width, row, bits = part[FORM], part[WIDTH], part[ROW], part[BITS]
-    stored = codes[at : at + n * row]
     if form == FLOAT32:
-        return stored.view(np.float32)
-    out = room[: n * width]
+        return numbers[at : at + n * row]
+    out, stored = room[: n * width], codes[at : at + n * row]
     if form == BFLOAT16:
-        _widen_bfloat16(stored.view(np.uint16), out.view(np.uint32))
+        _widen_bfloat16(halves[at : at + n * row], room_bits)
     elif form == FLOAT16:
-        _widen_float16(stored.view(np.uint16), out.view(np.uint32))
+        _widen_float16(halves[at : at + n * row], room, room_bits)
     elif bits == 8:
         _bytes(stored, out)
     else:
         runs = 8 if bits == 3 else 8 // bits
         columns = row * 8 // bits // runs
-        words = stored.reshape(n, row // columns, columns)
-        numbers = room[: n * runs * columns].reshape(n, runs, columns)
+        to = room[: n * runs * columns].reshape(n, runs, columns)
         if bits == 4:
-            _halves(stored.reshape(n, row), numbers)
+            _halves(stored.reshape(n, row), to)
         else:
-            _codes(words, numbers, bits)
+            _codes(stored.reshape(n, row // columns, columns), to, bits)
         if runs * columns > width:
             for t in range(1, n):
                 for j in range(width):
                     room[t * width + j] = room[t * runs * columns + j]
-    if form == NORMAL:
+    if form == NORMAL_FORM:
         _bend(out, np.float32((2**bits - 1) / 2), curve[0], curve[1])
-    elif form == PER_CHANNEL:
+    elif form == CHANNEL_FORM:
         unit = np.float32(2.0**bits / 256)
-        factors = np.empty(width, np.float32)
         for block in range(n // TOKENS):
             own = scale[scale_at + block * width : scale_at + (block + 1) * width]
-            _widen_float16(own, factors.view(np.uint32))
+            _widen_float16(own, factors, factor_bits)
             zeros = zero[zero_at + block * width : zero_at + (block + 1) * width]
             for t in range(block * TOKENS, (block + 1) * TOKENS):
                 _by_channel(out[t * width : (t + 1) * width], factors, zeros, unit)
@@ -233,16 +252,15 @@ def _levels(part, curve, codes, scale, zero, at, scale_at, zero_at, n, room):
 
 
 @compiled(fastmath=FAST)
-def _factors(part, scale, zero, scale_at, zero_at, n, block, scales, zeros):
+def _factors(part, scale, zero, scale_at, zero_at, n, block, scales, bits, zeros):
     """Write the scales and zero points, in levels, of n tokens in one block of dimensions."""
     blocks = part[BLOCKS]
-    bits = scales[:n].view(np.uint32)
     own = scale[scale_at : scale_at + n * blocks]
     for t in range(n):
         bits[t] = np.uint32(own[t * blocks + block]) << np.uint32(13)
     for t in range(n):
         scales[t] *= HALF_UNIT
-    if part[FORM] == PER_TOKEN:
+    if part[FORM] == TOKEN_FORM:
         unit = np.float32(2.0 ** part[BITS] / 256)
         levels = zero[zero_at : zero_at + n * blocks]
         for t in range(n):
@@ -306,7 +324,7 @@ def _add_values(sums, weights, x, block, scaled, scales, zeros, room):
 
 
 @compiled(fastmath=FAST)
-def _weigh(scores, n, marks, sums, bits):
+def _weigh(scores, n, marks, sums, room, bits):
     """Make weights of n scores of each row, relative to the marks, which may rise."""
     rows, v = scores.shape[0], sums.shape[0] // scores.shape[0]
     for r in range(rows):
@@ -314,7 +332,7 @@ def _weigh(scores, n, marks, sums, bits):
         top = max(marks[r], _highest(own))
         kept = np.float32(2.0) ** (marks[r] - top)
         marks[r] = top
-        marks[rows + r] = marks[rows + r] * kept + _powers_of_two(own, top, bits[:n])
+        marks[rows + r] = marks[rows + r] * kept + _powers_of_two(own, top, room, bits)
         if kept != 1:
             for j in range(r * v, (r + 1) * v):
                 sums[j] *= kept
@@ -322,8 +340,8 @@ def _weigh(scores, n, marks, sums, bits):
 
 @compiled()
 def _attend_some(
-    query, table, curves, codes, scales, zeros, mask, rows, b, group, start, stop, step, sums,
-    marks,
+    query, table, curves, numbers, halves, codes, scales, zeros, mask, rows, b, group, start, stop,
+    step, sums, marks, room, room_bits,
 ):  # fmt: skip
     """Attend with queries [r * k] over the tokens of a unit; sums [r * v], marks [2 * r]."""
     values, k = table.shape[0] - 1, query.shape[0] // rows
@@ -331,10 +349,11 @@ def _attend_some(
     most = 0
     for p in range(table.shape[0]):
         most = max(most, table[p, WIDTH])
-    room = np.empty(step * (most + SPARE), np.float32)
+    levels = step * (most + SPARE)
+    scale, scale_bits = room[levels:], room_bits[levels:]
+    factors, factor_bits = room[levels + step :], room_bits[levels + step :]
     scores, found = np.empty((rows, step), np.float32), np.empty((4, step), np.float32)
-    scale, zero = np.ones(step, np.float32), np.zeros(step, np.float32)
-    bits, queries = np.empty(step, np.int32), np.empty(rows * most, np.float32)
+    zero, queries = np.zeros(step, np.float32), np.empty(rows * most, np.float32)
     sums[:] = 0
     marks[:rows] = NOTHING
     marks[rows:] = 0
@@ -345,15 +364,16 @@ def _attend_some(
             masked = mask[min(b, mask.shape[0] - 1)]
             for r in range(rows):
                 head = min(group * rows + r, masked.shape[0] - 1)
-                scores[r, :n] = masked[head, low : low + n]
+                for t in range(n):
+                    scores[r, t] = masked[head, low + t]
         for p in range(values + 1):
             part, latents, width = table[p], table[p, LATENTS], table[p, WIDTH]
             if width == 0:
                 continue
             if p == values:
-                _weigh(scores, n, marks, sums, bits)
+                _weigh(scores, n, marks, sums, room, room_bits)
             form = part[FORM]
-            scaled = form in (PER_TOKEN, NORMAL)
+            scaled = form in (TOKEN_FORM, NORMAL_FORM)
             blocks, shared = part[BLOCKS] if scaled else 1, rows // latents
             size = width // blocks
             for latent in range(latents):
@@ -363,19 +383,22 @@ def _attend_some(
                 scale_at = part[SCALE] + b * part[SCALE_B] + g * part[SCALE_G] + stored
                 zero_at = part[ZERO] + b * part[ZERO_B] + g * part[ZERO_G] + stored
                 x = _levels(
-                    part, curves[p], codes[p], scales[p], zeros[p], at, scale_at, zero_at, n, room
+                    part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,
+                    scale_at, zero_at, n, room, room_bits, factors, factor_bits,
                 ).reshape(n, blocks, size)  # fmt: skip
                 r0, r1 = latent * shared, (latent + 1) * shared
                 for block in range(blocks):
                     if scaled:
                         _factors(
-                            part, scales[p], zeros[p], scale_at, zero_at, n, block, scale, zero
-                        )
+                            part, scales[p], zeros[p], scale_at, zero_at, n, block, scale,
+                            scale_bits, zero,
+                        )  # fmt: skip
                     if p < values:
                         own = queries[: shared * size].reshape(shared, size)
                         first = part[FIRST] + block * size
                         for r in range(shared):
-                            own[r] = query[(r0 + r) * k + first :][:size]
+                            for j in range(size):
+                                own[r, j] = query[(r0 + r) * k + first + j]
                         _add_scores(scores[r0:r1], own, x, block, scaled, scale, zero, found)
                     else:
                         _add_values(
@@ -386,15 +409,18 @@ def _attend_some(
 
 @compiled(parallel=True)
 def attend(
-    query, table, curves, codes, scales, zeros, mask, groups, tokens, share, step, sums, marks
-):
+    query, table, curves, numbers, halves, codes, scales, zeros, mask, groups, tokens, share, step,
+    sums, marks, room, room_bits,
+):  # fmt: skip
     """Attend over one span.
 
     Args:
         query: float32 [b, h * k], times the factor of the scores and the logarithm of e to base 2.
         table: int64 [parts, fields]; the values are the last part.
         curves: float32 [parts, 2], of levels of normal numbers.
-        codes: of each part the bytes, uint8.
+        numbers: of each part the memory of its latents as float32, where these are its numbers.
+        halves: likewise as uint16, where they have 16 bits.
+        codes: likewise as uint8, where they are packed.
         scales: likewise, fp16 numbers as uint16.
         zeros: likewise, uint8.
         mask: float32 [b or 1, h or 1, s], added to scores; [0, 0, 0] for none.
@@ -404,6 +430,8 @@ def attend(
         step: tokens that are unpacked at a time.
         sums: float32 [b, groups, splits, r * v], written.
         marks: float32 [b, groups, splits, 2 * r]: the powers of two and the norms, written.
+        room: float32 [threads, :func:`room_for` a unit].
+        room_bits: the same memory as uint32.
     """
     b, splits, rows = query.shape[0], sums.shape[2], marks.shape[3] // 2
     size = query.shape[1] // groups
@@ -412,9 +440,10 @@ def attend(
         group, one = pair % groups, pair // groups
         _attend_some(
             query[one, group * size : (group + 1) * size],
-            table, curves, codes, scales, zeros, mask, rows, one, group,
+            table, curves, numbers, halves, codes, scales, zeros, mask, rows, one, group,
             min(split * share, tokens), min((split + 1) * share, tokens), step,
             sums[one, group, split], marks[one, group, split],
+            room[numba.get_thread_id()], room_bits[numba.get_thread_id()],
         )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ NOTHING = {
 }
 NO_MASK = np.empty((0, 0, 0), np.float32)
 _turn = threading.Lock()  # not every way in which numba runs threads can be entered twice
-_process = os.getpid()  # nor can it be entered in a process that was forked
+_entered: list[int] = []  # the process that did: one forked from it ends when it enters too
 
 
 def attend_packed(
@@ -102,7 +102,7 @@ def can_decode(query: Tensor, dtypes: Sequence[torch.dtype], numbers: int) -> bo
         and numbers >= WORTH
         and all(dtype in DTYPES for dtype in (query.dtype, *dtypes))
         and not (query.requires_grad and torch.is_grad_enabled())
-        and os.getpid() == _process
+        and _entered in ([], [os.getpid()])
     )
 
 
@@ -123,6 +123,7 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     spans = [span for span in spans if span.tokens]
     groups = min(part.codes.shape[1] for part in spans[0].parts)
     count = min(torch.get_num_threads(), MOST_THREADS)
+    _entered[:] = [os.getpid()]
     with _turn, threads(count):
         left = [
             _attended(queries.numpy(), span, groups, h // groups, count, _added(mask, span))

@@ -37,8 +37,7 @@ HALF_UNIT = np.float32(2.0**112)  # an fp16 number over the float32 with its bit
 # 2 ** f for 0 <= f < 1 at Chebyshev's points: 2e-8 of it at most, below float32's own rounding.
 _POWERS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, [0, 1])
 C = tuple(np.float32(c) for c in _POWERS.convert(kind=np.polynomial.Polynomial).coef)
-
-
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # what is not finite stays so
 MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
 
 
@@ -69,9 +68,6 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             return numba.njit(**options)(function)
 
     return decorate
-
-
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # what is not finite stays so
 
 
 @compiled(fastmath=FAST)

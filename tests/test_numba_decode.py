@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 
 from decode_reference import FORMS, Side, attended, case, drawn, error
 from naive_packed import LAYERS, naive_attention
+from vdcompress.load import Base
 from vdcompress.modeling import numba_decode
 from vdcompress.modeling.attention import latent_attention, matmul_attention
 from vdcompress.modeling.decode_spans import Span
 from vdcompress.modeling.numba_decode import attend_exact, attend_packed, can_decode, decode
 from vdcompress.modeling.packed_cache import PackedLayer
+from vdcompress.plan import make_plan
+from vdcompress.rewrite import rewrite
+from vdcompress.statistics import Statistics
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 SCALE = 0.3
@@ -230,3 +236,55 @@ def test_without_numba_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
     plain, _ = latent_attention(module, query, key, value, None, SCALE)
     assert error(found, plain.double()) < 4e-6
     assert not torch.equal(found, plain)  # made in another way
+
+
+@pytest.fixture(scope="module", params=["exact", "packed", "packed by channel"])
+def model(request: Any, base: Base, statistics: Statistics) -> Any:
+    widths = {"v_dim": 16} if request.param == "exact" else {}
+    bits = {} if request.param == "exact" else {"v_bits": 8, "k_bits": 8}
+    plan = make_plan(base.shape, **widths, **bits)
+    if request.param == "packed by channel":
+        layers = (
+            replace(layer, k_nope=replace(layer.k_nope, quantizer="per_channel"))
+            if layer.k_nope.packed
+            else layer
+            for layer in plan.layers
+        )
+        plan = replace(plan, layers=tuple(layers), sinks=2, window=3)
+    return rewrite(base, plan, statistics)
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "sampled", "left padding", "continued"])
+def test_a_model_generates_the_same(
+    model: Any, way: str, token_windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counted(*given: Any) -> Tensor:
+        seen.append(1)
+        return decode(*given)
+
+    def generated(worth: float) -> Tensor:
+        monkeypatch.setattr(numba_decode, "WORTH", worth)
+        torch.manual_seed(0)
+        ids = token_windows[:3, :50]
+        mask = torch.ones_like(ids)
+        if way == "left padding":
+            mask[0, :20] = 0
+        settings: dict[str, Any] = {"num_beams": 3} if way == "beams" else {}
+        settings |= {"do_sample": way == "sampled", "max_new_tokens": 12, "pad_token_id": 0}
+        settings |= {"eos_token_id": None, "return_dict_in_generate": True}
+        found = model.generate(ids, attention_mask=mask, **settings)
+        if way == "continued":
+            cache = found["cache"] if "cache" in found else found["past_key_values"]
+            cache.crop(55 - cache.get_seq_length())
+            with torch.no_grad():
+                return model(found.sequences[:, 55:56], past_key_values=cache).logits
+        return found.sequences
+
+    plain = generated(math.inf)
+    assert not seen
+    monkeypatch.setattr(numba_decode, "decode", counted)
+    found = generated(0)
+    assert seen
+    torch.testing.assert_close(found, plain, atol=2e-3, rtol=0)

@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
 
 WORTH = 2**18  # numbers of latents from which on a kernel is worth loading
-NUMBERS, MOST = 2**15, 1024  # that are unpacked at a time, and tokens: long runs of memory
+NUMBERS, MOST = 2**16, 2048  # that are unpacked at a time, and tokens: long runs of memory
 PARTS = 3  # at most; as many for all, so that a kernel is compiled once
 DTYPES = {
     torch.float32: FLOAT32,
@@ -156,7 +157,7 @@ def _attended(  # noqa: PLR0917
     splits = -(-span.tokens // share)
     sums = np.empty((b, groups, splits, rows * span.values.width), np.float32)
     marks = np.empty((b, groups, splits, 2 * rows), np.float32)
-    room = np.empty((count, room_for(step, widest)), np.float32)
+    room = _room(count, room_for(step, widest))
     parts = (*span.keys, *(None,) * (PARTS - len(span.parts)), span.values)
     attend(
         queries,
@@ -179,6 +180,12 @@ def _attended(  # noqa: PLR0917
         room.view(np.uint32),
     )
     return sums, marks
+
+
+@lru_cache(maxsize=8)
+def _room(count: int, size: int) -> np.ndarray:
+    """Return room for each thread; whoever has the turn may use it. Fresh memory is slow."""
+    return np.empty((count, size), np.float32)
 
 
 def _whole(tokens: int) -> int:

@@ -52,7 +52,7 @@ from .packed_latents import PackedLatents
 from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
 
-WORTH = 2**18  # numbers of latents from which on a kernel is worth loading
+WORTH = 2**20  # numbers of latents from which on a kernel is worth loading, or compiling
 NUMBERS, MOST = 2**16, 2048  # that are unpacked at a time, and tokens: long runs of memory
 PARTS = 3  # at most; as many for all, so that a kernel is compiled once
 DTYPES = {

@@ -19,6 +19,15 @@ FORMS = [
     *(("normal", bits) for bits in (4, 3, 2)),
 ]
 Side = list[tuple[int, int, str, int]]  # groups, width, form and bits of each part
+GROUPED = [(4, 2), (6, 2), (3, 1), (8, 4), (32, 1), (5, 1)]  # heads, latents
+MIXED: list[tuple[Side, tuple[int, int, str, int]]] = [
+    ([(8, 16, "exact", 16), (1, 48, "per_token", 4)], (1, 64, "per_token", 4)),
+    ([(1, 16, "per_token", 8), (1, 96, "normal", 3)], (1, 128, "normal", 2)),
+    ([(4, 24, "normal", 4), (4, 16, "exact", 16)], (4, 40, "exact", 16)),
+    ([(2, 18, "per_channel", 4), (2, 14, "per_token", 4)], (8, 24, "per_token", 3)),
+    ([(8, 40, "per_token", 8)], (1, 40, "per_channel", 4)),
+]
+MASKS = ("left padding", "added", "infinite", "of each head")
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -45,6 +54,18 @@ def case(
     width = sum(width for _, width, *_ in keys)
     query = drawn(2, heads, 1, width, seed=9, dtype=dtype)
     return query, [Span(0, tokens, tuple(parts[:-1]), parts[-1])]
+
+
+def mask_for(kind: str, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Return a mask of two sequences, the second padded in front, for four heads."""
+    mask = torch.arange(tokens) >= torch.tensor([[0], [tokens - 20]])
+    mask = mask[:, None, None]
+    if kind in {"added", "infinite"}:
+        lowest = -torch.inf if kind == "infinite" else torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
+    if kind == "of each head":
+        return mask & (torch.arange(tokens) % 7 != torch.arange(4)[:, None])[None, :, None]
+    return mask
 
 
 def read(part: PartTokens) -> Tensor:

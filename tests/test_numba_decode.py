@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decode_reference import FORMS, Side, attended, case, drawn, error
+from decode_reference import (
+    FORMS,
+    GROUPED,
+    MASKS,
+    MIXED,
+    Side,
+    attended,
+    case,
+    drawn,
+    error,
+    mask_for,
+)
 from naive_packed import LAYERS, naive_attention
 from vdcompress.load import Base
 from vdcompress.modeling import numba_decode
@@ -73,9 +84,7 @@ def test_widths_that_do_not_fill_words(width: int, bits: int) -> None:
     check(query, spans)
 
 
-@pytest.mark.parametrize(
-    ("heads", "groups"), [(4, 2), (6, 2), (3, 1), (8, 4), (32, 1), (5, 1), (14, 2)]
-)
+@pytest.mark.parametrize(("heads", "groups"), [*GROUPED, (14, 2)])
 def test_grouped_queries(heads: int, groups: int, threads: int) -> None:
     key, value = (groups, 40, "per_token", 4), (groups, 80, "per_token", 8)
     check(*case([key], value, 90, heads, torch.float32))
@@ -83,31 +92,17 @@ def test_grouped_queries(heads: int, groups: int, threads: int) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "value"),
-    [
-        ([(8, 16, "exact", 16), (1, 48, "per_token", 4)], (1, 64, "per_token", 4)),
-        ([(1, 16, "per_token", 8), (1, 96, "normal", 3)], (1, 128, "normal", 2)),
-        ([(4, 24, "normal", 4), (4, 16, "exact", 16)], (4, 40, "exact", 16)),
-        ([(2, 18, "per_channel", 4), (2, 14, "per_token", 4)], (8, 24, "per_token", 3)),
-        ([(8, 40, "per_token", 8)], (1, 40, "per_channel", 4)),
-        ([(8, 40, "exact", 16)], (1, 40, "exact", 16)),
-    ],
+    [*MIXED, ([(8, 40, "exact", 16)], (1, 40, "exact", 16))],
 )
 def test_parts_with_their_own_bits_and_groups(keys: Side, value: Any) -> None:
     check(*case(keys, value, 64, 8, torch.float16))
 
 
-@pytest.mark.parametrize("kind", ["left padding", "added", "infinite", "of each head"])
+@pytest.mark.parametrize("kind", MASKS)
 def test_masks(kind: str) -> None:
     key, value = (2, 40, "per_token", 4), (2, 40, "per_token", 4)
     query, spans = case([key], value, 590, 4, torch.float32)
-    mask = torch.arange(590) >= torch.tensor([[0], [570]])
-    mask = mask[:, None, None]
-    if kind in {"added", "infinite"}:
-        lowest = -torch.inf if kind == "infinite" else torch.finfo(torch.float32).min
-        mask = torch.zeros(mask.shape).masked_fill(~mask, lowest)
-    if kind == "of each head":
-        mask = mask & (torch.arange(590) % 7 != torch.arange(4)[:, None])[None, :, None]
-    check(query, spans, mask)
+    check(query, spans, mask_for(kind, 590, torch.float32))
 
 
 def test_nothing_to_attend_to_is_zero() -> None:
@@ -140,6 +135,16 @@ def test_what_is_no_number_stays_none(side: str) -> None:
     assert found[0, 1].isnan().any()
     assert found[0, 0].isfinite().all()
     assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("number", [torch.inf, torch.nan])
+def test_values_that_are_not_finite_stay_so(dtype: Any, number: float) -> None:
+    query, spans = case([(1, 40, "exact", 16)], (1, 40, "exact", 16), 90, 1, dtype)
+    spans[0].values.codes[:, :, 50, 3] = number
+    found = decode(query, spans, None, SCALE)
+    assert not found[..., 3].isfinite().any()
+    assert found[..., 4:].isfinite().all()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -12,7 +12,19 @@ from torch import Tensor
 CUDA = torch.cuda.is_available()
 pytest.importorskip("triton", minversion=None if CUDA else "3.9", reason="needs Triton")
 
-from decode_reference import FORMS, Side, attended, case, drawn, error, stored  # noqa: E402
+from decode_reference import (  # noqa: E402
+    FORMS,
+    GROUPED,
+    MASKS,
+    MIXED,
+    Side,
+    attended,
+    case,
+    drawn,
+    error,
+    mask_for,
+    stored,
+)
 from naive_packed import LAYERS, naive_attention  # noqa: E402
 from vdcompress.modeling.attention import _decoded  # noqa: E402
 from vdcompress.modeling.decode_settings import Settings  # noqa: E402
@@ -68,7 +80,7 @@ def test_every_form_with_one_latent_in_several_blocks(form: str, bits: int) -> N
 
 
 @slowly
-@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (6, 2), (3, 1), (8, 4), (32, 1), (5, 1)])
+@pytest.mark.parametrize(("heads", "groups"), GROUPED)
 def test_grouped_queries(heads: int, groups: int) -> None:
     key, value = (groups, 40, "per_token", 4), (groups, 80, "per_token", 8)
     query, spans = case([key], value, 90, heads, torch.float16)
@@ -76,32 +88,17 @@ def test_grouped_queries(heads: int, groups: int) -> None:
 
 
 @slowly
-@pytest.mark.parametrize(
-    ("keys", "value"),
-    [
-        ([(8, 16, "exact", 16), (1, 48, "per_token", 4)], (1, 64, "per_token", 4)),
-        ([(1, 16, "per_token", 8), (1, 96, "normal", 3)], (1, 128, "normal", 2)),
-        ([(4, 24, "normal", 4), (4, 16, "exact", 16)], (4, 40, "exact", 16)),
-        ([(2, 18, "per_channel", 4), (2, 14, "per_token", 4)], (8, 24, "per_token", 3)),
-        ([(8, 40, "per_token", 8)], (1, 40, "per_channel", 4)),
-    ],
-)
+@pytest.mark.parametrize(("keys", "value"), MIXED)
 def test_parts_with_their_own_bits_and_groups(keys: Side, value: Any) -> None:
     query, spans = case(keys, value, 64, 8, torch.float16)
     check(query, spans)
 
 
-@pytest.mark.parametrize("kind", ["left padding", "added", "of each head"])
+@pytest.mark.parametrize("kind", MASKS)
 def test_masks(kind: str) -> None:
     key, value = (2, 40, "per_token", 4), (2, 40, "per_token", 4)
     query, spans = case([key], value, 90, 4, torch.float16)
-    mask = torch.arange(90) >= torch.tensor([[0], [70]])
-    mask = mask[:, None, None]
-    if kind == "added":
-        mask = torch.zeros(mask.shape, dtype=torch.float16).masked_fill(~mask, -65504.0)
-    if kind == "of each head":
-        mask = mask & (torch.arange(90) % 7 != torch.arange(4)[:, None])[None, :, None]
-    check(query, spans, mask)
+    check(query, spans, mask_for(kind, 90, torch.float16))
 
 
 def test_nothing_to_attend_to_is_zero() -> None:

@@ -33,6 +33,7 @@ from .thin_products import dots, sums
 
 NAME = "vdcompress"
 WORTH_BYTES = 2**26  # of latents in 16 bits from which on a kernel's time outweighs its launch
+KERNEL_DEVICES = ("cuda", "cpu")
 CUDA_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -100,9 +101,8 @@ def latent_attention(  # noqa: PLR0917
         return rounded_attention(module, query, key, value, attention_mask, scaling, dropout)
     if isinstance(key, PackedLatents):
         return packed_attention(module, query, key, value, attention_mask, scaling)
-    kernel = KERNELS.get(query.device.type)
-    if kernel and query.shape[2] == 1 and not dropout:
-        found = kernel(query, key, value, attention_mask, scaling)
+    if query.device.type in KERNEL_DEVICES and query.shape[2] == 1 and not dropout:
+        found = _decoded(query, key, value, attention_mask, scaling)
         if found is not None:
             return found.transpose(1, 2), None
     on_cpu = query.device.type == "cpu"
@@ -130,32 +130,21 @@ def latent_attention(  # noqa: PLR0917
 def _decoded(
     query: Tensor, key: Any, value: Any, mask: Tensor | None, scaling: float
 ) -> Tensor | None:
-    """Return what the Triton kernel makes of one query on CUDA [b, h, 1, v]; None without it."""
+    """Return what the device's kernel makes of one query [b, h, 1, v]; None without one."""
     if torch.compiler.is_compiling():
         return None
     try:
-        from .triton_decode import attend_exact, attend_packed
+        if query.is_cuda:
+            from .triton_decode import attend_exact, attend_packed
+        else:
+            from .numba_decode import attend_exact, attend_packed
     except ImportError:
         return None
     if isinstance(key, PackedLatents):
         return attend_packed(query, key, value, mask, scaling)
-    if 2 * (key.numel() + value.numel()) < WORTH_BYTES:
+    if query.is_cuda and 2 * (key.numel() + value.numel()) < WORTH_BYTES:
         return None
     return attend_exact(query, key, value, mask, scaling)
-
-
-def _decoded_by_numba(
-    query: Tensor, key: Any, value: Any, mask: Tensor | None, scaling: float
-) -> Tensor | None:
-    """Return what numba's kernel makes of one query on a CPU [b, h, 1, v]; None without it."""
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        from .numba_decode import attend_exact, attend_packed
-    except ImportError:
-        return None
-    attend = attend_packed if isinstance(key, PackedLatents) else attend_exact
-    return attend(query, key, value, mask, scaling)
 
 
 def _alike_in_half(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -177,8 +166,7 @@ def _pad(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
-KERNELS = {"cuda": _decoded, "cpu": _decoded_by_numba}
-for _device, _kernel in KERNELS.items():
-    use_kernel(_device, _kernel)
+for _device in KERNEL_DEVICES:
+    use_kernel(_device, _decoded)
 AttentionInterface.register(NAME, latent_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

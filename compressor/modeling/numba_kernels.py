@@ -149,13 +149,20 @@ def _widen_bfloat16(x, out):
 
 @compiled()
 def _widen_float16(x, out, bits):
-    """Write fp16 numbers, uint16, as float32 ones; ``bits`` are those of ``out``."""
+    """Write fp16 numbers, uint16, as float32 ones; ``bits`` are those of ``out``.
+
+    A scale of 2 ** 112 makes up for the exponent's other bias, numbers that are not normalised
+    included; infinity and NaN, whose exponent is all ones, get the float32's.
+    """
     for j in range(x.shape[0]):
         bits[j] = np.uint32(x[j] & np.uint16(0x7FFF)) << np.uint32(13)
     for j in range(x.shape[0]):
         out[j] *= HALF_UNIT
     for j in range(x.shape[0]):
         bits[j] |= np.uint32(x[j] & np.uint16(0x8000)) << np.uint32(16)
+    for j in range(x.shape[0]):
+        if (x[j] & np.uint16(0x7C00)) == np.uint16(0x7C00):
+            bits[j] |= np.uint32(0x7F800000)
 
 
 @compiled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import tracemalloc
@@ -91,6 +92,21 @@ def test_balance_draws_short_documents_first_and_nothing_twice(tiny_tokenizer: A
     assert whole + 0.05 < shares[1] < shares[2] - 0.05
     words = words_in(packed(0.0))
     assert len(set(words)) == len(words)
+
+
+def test_healing_draws_by_documents_unless_told_otherwise(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    texts = numbered(20_000)
+    lines = (json.dumps({"text": text}) for text in texts)
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    asked = {"heal.data": str(tmp_path / "a.jsonl"), "heal.samples": 400, "heal.seq_len": 100}
+
+    def share(**more: float) -> float:
+        recipe = Recipe().merged({**asked, **{f"heal.{name}": x for name, x in more.items()}})
+        return share_of_short_documents(text.healing_windows(recipe, tiny_tokenizer)[0], texts)
+
+    assert share() == share(balance=0.5) > share(balance=1.0) + 0.05
 
 
 def test_balance_takes_nothing_from_a_text_that_is_wanted_whole(tiny_tokenizer: Any) -> None:

@@ -27,7 +27,8 @@ INTERPRETED = type(attend).__name__ == "InterpretedFunction"
 HALVES = (torch.float16, torch.bfloat16)
 MOST_HEADS = 64  # of one latent, whose queries are held at once
 JOINED_NUMBERS = 8192  # that are joined at a time
-JOINING_WARPS = 8
+LEAST_JOINED = 16  # dimensions of a program that joins
+JOINING_WARPS = 4  # so few that it finds room beside the programs that it waits for
 
 
 def attend_packed(
@@ -94,9 +95,9 @@ def decode(
     out, most, norm = left.split([b * h * slots * width, b * h * slots, b * h * slots])
     kind, mask, mask_b, mask_h = _mask(mask, query)
     output = torch.empty(b, h, 1, width, dtype=query.dtype, device=query.device)
-    room = power_of_two(width)
-    step = min(power_of_two(slots), max(1, JOINED_NUMBERS // room))
     early = launches_early(query.device)
+    room = min(power_of_two(width), max(LEAST_JOINED, JOINED_NUMBERS // power_of_two(slots)))
+    step = min(power_of_two(slots), JOINED_NUMBERS // room)
     sizes = {"WIDTH": width, "ROOM": room, "STEP": step, "EARLY": early}
     sizes |= {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(query):
@@ -122,7 +123,9 @@ def decode(
             num_stages=settings.stages,
             maxnreg=settings.registers,
         )
-        join[(b * h,)](out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS)
+        join[(b * h, -(-width // room))](
+            out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS
+        )
     return output
 
 

@@ -127,9 +127,10 @@ def test_every_layer_has_settings(bits: tuple[int, ...], tokens: int) -> None:
     assert settings_for(bits, tokens) == TABLE[most, row]
 
 
-@pytest.mark.parametrize(("heads", "held"), [(8, True), (4, True), (1, False)])
-def test_scales_of_few_latents_are_held(heads: int, held: bool) -> None:
-    """Four zero points, a byte each, are what Triton reads ahead by itself."""
+@pytest.mark.parametrize(("heads", "ahead", "words"), [(8, 0, 1), (4, 1, 0), (2, 0, 0), (1, 0, 0)])
+def test_scales_that_triton_does_not_read_ahead(heads: int, ahead: bool, words: bool) -> None:
+    """Four zero points, a byte each, are what it reads ahead by itself."""
     tokens = tokens_per_row(heads, 40)
     parts = [tile("per_token", 4, 40, tokens=tokens, latents=1) for _ in range(2)]
-    assert Section((parts[0],), parts[1], heads, tokens, 16, 40, 40).scales_ahead is held
+    section = Section((parts[0],), parts[1], heads, tokens, 16, 40, 40)
+    assert (section.scales_ahead, section.scales_in_words) == (ahead, words)

@@ -26,6 +26,7 @@ from decode_reference import (  # noqa: E402
     stored,
 )
 from naive_packed import LAYERS, naive_attention  # noqa: E402
+from vdcompress.modeling import triton_decode  # noqa: E402
 from vdcompress.modeling.attention import _decoded  # noqa: E402
 from vdcompress.modeling.decode_settings import Settings  # noqa: E402
 from vdcompress.modeling.decode_spans import PartTokens, Span  # noqa: E402
@@ -77,6 +78,23 @@ def test_every_form_with_a_latent_for_each_head(form: str, bits: int) -> None:
 def test_every_form_with_one_latent_in_several_blocks(form: str, bits: int) -> None:
     query, spans = case([(1, 72, form, bits)], (1, 136, form, bits), 64, 8, torch.bfloat16)
     check(query, spans)
+
+
+def test_scales_that_begin_anywhere_in_a_word() -> None:
+    """The second sequence's do neither at a multiple of 4 bytes nor of 2."""
+    query, spans = case([(1, 168, "per_token", 4)], (1, 168, "per_token", 8), 61, 8, torch.float16)
+    for part in spans[0].parts:
+        assert part.scale is not None
+        assert part.zero is not None
+        assert (part.scale.stride(0) * 2 % 4, part.zero.stride(0) % 2) == (2, 1)
+    check(query, spans)
+
+
+def test_joining_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "JOINED_NUMBERS", 64)  # 16 of 40 dimensions, of 4 slots
+    key, value = (2, 40, "per_token", 4), (2, 40, "per_token", 4)
+    query, spans = case([key], value, 600, 2, torch.float16)
+    check(query, spans, programs=400)
 
 
 @slowly

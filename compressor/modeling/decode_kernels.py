@@ -21,9 +21,9 @@ try:
 except ImportError as missing:
     raise ImportError("the package triton is not installed, or too old") from missing
 
-from .decode_reading import element, length, read_scales, scores_shape, static
-from .decode_scores import masked_scores, part_scores, query_tiles
-from .decode_values import add_values, store_sums, sums_shape, value_scales, values_of
+from .decode_reading import element, length, read_scales, scores_shape, static, two_to
+from .decode_scores import masked_scores, part_scores, query_range, query_tiles
+from .decode_values import LIFT, add_values, store_sums, sums_shape, value_scales, values_of
 
 LOWEST = tl.constexpr(-1e30)  # below any score; finite, so that differences are numbers
 
@@ -83,13 +83,8 @@ def _attend_section(  # noqa: PLR0912
     shrink = 1.0
     grow = factor
     if SECTION.shrinks:
-        dims = tl.arange(0, SECTION.query_room)
-        inside = (column < SECTION.heads)[:, None] & (dims < SECTION.query_width)[None, :]
-        where = query + column[:, None] * SECTION.query_stride + dims[None, :]
-        whole = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-        power = tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(whole)), 1e-30)))
-        shrink = tl.exp2(-power)
-        grow = factor * tl.exp2(power)
+        shrink = query_range(query, column, SECTION)
+        grow = factor / shrink
     tiles = ()
     totals = ()
     for k in tl.static_range(length(SECTION.keys)):
@@ -149,7 +144,7 @@ def _attend_section(  # noqa: PLR0912
         new = tl.maximum(most, tl.max(ranked, 0))
         kept = tl.exp2(most - new)
         most = new
-        weights = tl.exp2(scores - most[None, :])
+        weights = tl.exp2(scores - (most - LIFT)[None, :])
         norm = norm * kept[None, :] + weights
         sums, lost = add_values(
             values,
@@ -171,7 +166,7 @@ def _attend_section(  # noqa: PLR0912
     store_sums(out, sums, lost, head, place, slots, slot, VALUES, SECTION)
     row = head * slots + slot + place
     tl.store(most_out + row, most, mask=head < SECTION.heads)
-    tl.store(norm_out + row, tl.sum(norm, 0), mask=head < SECTION.heads)
+    tl.store(norm_out + row, tl.sum(norm, 0) * two_to(-LIFT), mask=head < SECTION.heads)
 
 
 @triton.jit(do_not_specialize=["counts", "slots", "factor", "mask_b"])
@@ -216,6 +211,8 @@ def attend(
         UPCAST: multiply in float32.
         EARLY: the kernel that follows may be launched before this one has ended.
     """
+    if EARLY:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -244,8 +241,6 @@ def attend(
                 MASK,
                 UPCAST,
             )
-    if EARLY:
-        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -260,11 +255,11 @@ def join(
     STEP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Join what the programs left: ``output`` [b, h, v], one program for each head."""
+    """Join what the programs left: ``output`` [b, h, v], programs are heads x ROOM dimensions."""
     if EARLY:
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, ROOM)
+    dims = tl.program_id(1) * ROOM + tl.arange(0, ROOM)
     top = -1e30
     total = 0.0
     found = tl.zeros([ROOM], tl.float32)

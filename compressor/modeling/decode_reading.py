@@ -168,6 +168,14 @@ def scaled_terms(tile):
 
 
 @triton.jit
+def _in_word(pointer, wanted):
+    """Return what is read where ``wanted``, in the low bits of the word of 4 bytes it is in."""
+    address = pointer.to(tl.int64)
+    word = (address & ~3).to(tl.pointer_type(tl.uint32))
+    return tl.load(word, mask=wanted, other=0) >> ((address.to(tl.uint32) & 3) << 3)
+
+
+@triton.jit
 def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl.constexpr):
     """Return scale and zero point of every block of a part as they are stored.
 
@@ -193,10 +201,16 @@ def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl
             place = (first + inner) * TILE.blocks + n % TILE.blocks
             wanted = inner < left
         place = batch * part[5] + number * part[6] + place
-        scale = tl.load(part[1] + place, mask=wanted, other=1.0)
+        if SECTION.scales_in_words:
+            scale = _in_word(part[1] + place, wanted).to(tl.uint16).to(tl.float16, bitcast=True)
+        else:
+            scale = tl.load(part[1] + place, mask=wanted, other=1.0)
         zero = scale
         if TILE.has_zero:
-            zero = tl.load(part[2] + place, mask=wanted, other=0)
+            if SECTION.scales_in_words:
+                zero = _in_word(part[2] + place, wanted).to(tl.uint8)
+            else:
+                zero = tl.load(part[2] + place, mask=wanted, other=0)
         scales = scales + (scale,)
         zeros = zeros + (zero,)
     return scales, zeros

@@ -29,6 +29,7 @@ from .decode_reading import (
 )
 
 CODE = tl.constexpr(2.0**24)  # a code over its fp16 number that is not normalised
+LEAST_ROWS = tl.constexpr(16)  # of a product
 
 
 @triton.jit
@@ -64,6 +65,16 @@ def _query_tile(
 
 
 @triton.jit
+def query_range(query, head, SECTION: tl.constexpr):
+    """Return the power of two that takes the queries of all columns into the range of fp16."""
+    dims = tl.arange(0, SECTION.query_room)
+    inside = (head < SECTION.heads)[:, None] & (dims < SECTION.query_width)[None, :]
+    where = query + head[:, None] * SECTION.query_stride + dims[None, :]
+    whole = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    return tl.exp2(-tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(whole)), 1e-30))))
+
+
+@triton.jit
 def query_tiles(
     query,
     shrink,
@@ -75,7 +86,7 @@ def query_tiles(
 ):
     """Return the tiles of all products with a part, and for each of its scales their sums [N].
 
-    A sum is what one unit of a zero point takes from a score.
+    A sum is what one unit of a zero point takes from a score; a product with ones makes it.
     """
     tiles = ()
     sums = ()
@@ -85,14 +96,15 @@ def query_tiles(
                 _query_tile(query, shrink, head, place, latent, t, TILE, SECTION, UPCAST),
             )
         for block in tl.static_range(static(TILE.blocks)):
-            total = tl.zeros([static(SECTION.columns)], tl.float32)
+            total = tl.zeros([LEAST_ROWS, static(SECTION.columns)], tl.float32)
             if TILE.has_zero and not TILE.by_channel:
                 for t in tl.static_range(length(TILE.terms)):
                     if TILE.terms[t][0] == block:
-                        tile = tiles[latent * length(TILE.terms) + t].to(tl.float32)
-                        total += tl.sum(tile, 0) * two_to(field_of(TILE, t).position)
-                total = total * TILE.zero_unit
-            sums = sums + (total,)
+                        tile = tiles[latent * length(TILE.terms) + t]
+                        power = two_to(field_of(TILE, t).position)
+                        ones = tl.full([LEAST_ROWS, tile.shape[0]], power, tile.dtype)
+                        total = tl.dot(ones, tile, total)
+            sums = sums + (tl.sum(total, 0) * (TILE.zero_unit / LEAST_ROWS),)
     return tiles, sums
 
 
@@ -156,9 +168,11 @@ def part_scores(
                     TILE,
                     SECTION,
                 )
+                scale *= grow
                 if TILE.has_zero:
-                    found = found * CODE - zero * sums[latent * TILE.blocks + block][None, :]
-                total += found * (scale * grow)
+                    total -= (scale * zero) * sums[latent * TILE.blocks + block][None, :]
+                    scale *= CODE
+                total += found * scale
     return total
 
 

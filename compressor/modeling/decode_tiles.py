@@ -187,13 +187,19 @@ class Section:
         return self.rows * self.tokens
 
     @property
-    def scales_ahead(self) -> bool:
-        """Whether scales are held from one block to the next.
+    def scales_in_words(self) -> bool:
+        """Whether scales are read as the words of 4 bytes that they are in.
 
-        Triton reads ahead by itself what is at least 4 bytes side by side, as the zero points of
-        that many latents are.
+        Triton reads ahead what is at least 4 bytes side by side, as the zero points of 4 latents
+        are. What it does not read ahead is waited for: the hardware tells a few loads apart only,
+        so that a product waits for a scale that it has no use for.
         """
-        return self.tokens < 4
+        return self.tokens == 1
+
+    @property
+    def scales_ahead(self) -> bool:
+        """Whether scales are held from one block to the next, as they are not read ahead else."""
+        return 1 < self.tokens < 4
 
     @property
     def query_room(self) -> int:

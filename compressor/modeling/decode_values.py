@@ -28,7 +28,7 @@ from .decode_reading import (
 )
 
 CODE = tl.constexpr(2.0**24)  # a code over its fp16 number that is not normalised
-LIFT = tl.constexpr(2.0**15)  # of weights, which are at most 1, to use the range of fp16
+LIFT = tl.constexpr(15.0)  # powers of two of weights, to use the range of fp16
 
 
 @triton.constexpr_function
@@ -86,7 +86,6 @@ def add_values(
     """Return the sums [U, N] of all products, and of zero points, with a block's weights added."""
     new_sums = ()
     new_lost = ()
-    lifted = weights * LIFT
     for latent in tl.static_range(static(TILE.latents)):
         number = group * TILE.latents + latent
         base = base_of(part, batch, number, TILE)
@@ -97,9 +96,9 @@ def add_values(
             )
         scaled = ()
         for block in tl.static_range(static(TILE.blocks)):
-            own = lifted
+            own = weights
             if not (TILE.exact or TILE.by_channel):
-                own = lifted * scales[latent * TILE.blocks + block]
+                own = weights * scales[latent * TILE.blocks + block]
             if TILE.exact:
                 own = own.to(part[0].dtype.element_ty)
             else:
@@ -159,4 +158,4 @@ def store_sums(
             kept = inside[:, None] & reads_latent(head, latent, TILE, SECTION)[None, :]
             kept = kept & (at[:, None] == place[None, :])
             row = (head * slots + slot + place) * TILE.width
-            tl.store(out + row[None, :] + code[:, None], found * (1.0 / LIFT), mask=kept)
+            tl.store(out + row[None, :] + code[:, None], found * two_to(-LIFT), mask=kept)

@@ -33,7 +33,7 @@ from vdcompress.plan import make_plan
 from vdcompress.rewrite import rewrite
 
 MODEL = "pythia-70m-standin"
-SHAPES = ((32, 128), (16, 1024), (32, 1024))
+SHAPES = ((16, 512), (16, 1024), (32, 1024), (32, 128))
 WARM_UP = 10
 
 

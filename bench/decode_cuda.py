@@ -87,9 +87,17 @@ def main() -> None:
     print(f"copy: {bandwidth / 1e12:.2f} TB/s, bytes read and written", flush=True)
     body["bases"] = bases(chosen)
     body["rows"] = [measured(case, bandwidth, body["bases"]) for case in chosen]
-    print(record.write(f"decode-{DEVICE}", body, out=options.out))
+    print(record.write(f"decode-{device_name()}", body, out=options.out))
     if wrong:
         sys.exit(f"wrong, and not timed: {', '.join(wrong)}")
+
+
+def device_name() -> str:
+    """Return the device, and of which kind a GPU is: what is fast on one may not be on another."""
+    if not CUDA:
+        return f"{DEVICE}-interpreter"
+    words = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()
+    return f"{DEVICE}-{words[0]}"
 
 
 def check(chosen: list[Case]) -> dict[str, float]:

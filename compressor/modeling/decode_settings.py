@@ -45,6 +45,9 @@ TABLE = {
 }
 
 
+BY_CHANNEL = Settings(32, 1, 3, 8)  # whose rows are a group of tokens
+
+
 def settings_for(bits: tuple[int, ...], tokens: int) -> Settings:
     """Return the settings.
 

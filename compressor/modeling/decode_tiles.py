@@ -194,12 +194,12 @@ class Section:
         are. What it does not read ahead is waited for: the hardware tells a few loads apart only,
         so that a product waits for a scale that it has no use for.
         """
-        return self.tokens == 1
+        return self.tokens == 1 and not any(part.by_channel for part in (*self.keys, self.values))
 
     @property
     def scales_ahead(self) -> bool:
         """Whether scales are held from one block to the next, as they are not read ahead else."""
-        return 1 < self.tokens < 4
+        return self.tokens < 4 and not self.scales_in_words
 
     @property
     def query_room(self) -> int:

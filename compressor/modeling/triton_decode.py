@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .decode_cutting import tile, tokens_per_row
 from .decode_kernels import attend, join
-from .decode_settings import LEAST_BLOCKS, Settings, settings_for
+from .decode_settings import BY_CHANNEL, LEAST_BLOCKS, Settings, settings_for
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT, Section, Tile, power_of_two
 from .packed_latents import PackedLatents
@@ -132,6 +132,8 @@ def decode(
 def table_settings(spans: Sequence[Span], heads: int) -> Settings:
     """Return the table's settings for spans of latents that so many heads share."""
     main = _most_packed(spans)
+    if _by_channel(main):
+        return BY_CHANNEL
     bits = tuple(part.bits for part in main.parts)
     return settings_for(bits, tokens_per_row_of(main, heads))
 

@@ -64,7 +64,8 @@ def run(arguments: list[str] | None = None) -> int:
         show = getattr(error, "format_message", None)
         if show is None:
             raise
-        print(f"error: {show() or 'a command is missing'}", file=sys.stderr)
+        message = show().replace("Value error, ", "")  # pydantic's word, not a user's
+        print(f"error: {message or 'a command is missing'}", file=sys.stderr)
         print(f"hint: {_usage(error)}", file=sys.stderr)
         return USAGE
     return result if isinstance(result, int) else 0

@@ -178,7 +178,7 @@ def _check(
 def _claim(folder: Path, identity: dict[str, Any], resume: bool, on_event: OnEvent) -> Path | None:
     """Take a folder for checkpoints; return the newest one if it is to be continued."""
     store.claim(folder, identity, resume=resume)
-    last = store.newest(folder) if resume else None
+    last = store.newest(folder, on_event) if resume else None
     if resume and last is None:
         on_event(Warned(f"no complete checkpoint in {folder}: starting from the beginning"))
     return last

@@ -48,6 +48,7 @@ def test_version(vdcompress: Vdcompress) -> None:
         (["apply", "m", "--windows", "0"], "'--windows'"),
         (["apply", "--nonsense"], "--nonsense"),
         (["finetune", "a", "b"], "unexpected extra argument"),
+        (["finetune", "a", "--train", "foo"], "'--train': 'foo' is not one of"),
     ],
 )
 def test_usage_errors_are_two_lines(

@@ -414,6 +414,21 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(
     assert equal(resumed[0], straight[0])
 
 
+def test_a_checkpoint_that_was_complete_once_is_missed(tmp_path: Path) -> None:
+    for steps in (10, 20, 30):
+        checkpoint = tmp_path / f"checkpoint-{steps}"
+        checkpoint.mkdir()
+        (checkpoint / trainer.TRAINED).write_bytes(b"weights")
+        if steps < 30:
+            checkpoints.seal(checkpoint)
+    flip(tmp_path / "checkpoint-20")
+    events: list[Event] = []
+    assert checkpoints.newest(tmp_path, events.append) == tmp_path / "checkpoint-10"
+    damaged = tmp_path / "checkpoint-20"
+    assert events == [Warned(f"{damaged} is damaged, and removed")]
+    assert not damaged.exists()
+
+
 def test_without_any_whole_checkpoint_it_starts_again(
     text: tuple[Tensor, Tensor], straight: Outcome, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vdcompress.errors import RunError
+from vdcompress.events import OnEvent, Warned, ignore
 
 IDENTITY = "heal.json"
 SEAL = "complete.json"
@@ -78,11 +79,16 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the most steps; incomplete ones after it are removed."""
+def newest(folder: Path, on_event: OnEvent = ignore) -> Path | None:
+    """Return the complete checkpoint of the most steps; incomplete ones after it are removed.
+
+    ``on_event`` is warned of those that were complete once.
+    """
     for checkpoint in reversed(_all(folder)):
         if is_complete(checkpoint):
             return checkpoint
+        if (checkpoint / SEAL).exists():
+            on_event(Warned(f"{checkpoint} is damaged, and removed"))
         shutil.rmtree(checkpoint)
     return None
 

@@ -58,6 +58,11 @@ for _name in COMMANDS:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code; errors are two lines on stderr."""
+    empty = _empty(sys.argv[1:] if arguments is None else arguments)
+    if empty:
+        print(f"error: {empty} is empty", file=sys.stderr)
+        print("hint: was it a shell's variable that is not set?", file=sys.stderr)
+        return USAGE
     try:
         result = app(arguments, prog_name="vdcompress", standalone_mode=False)
     except Exception as error:
@@ -78,6 +83,16 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _empty(arguments: list[str]) -> str:
+    """Return which argument is an empty string, if one is: none of ours may be."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument == "":
+            return f"what follows {before}" if before.startswith("-") else "an argument"
+        if argument.startswith("--") and argument.endswith("="):
+            return argument.removesuffix("=")
+    return ""
 
 
 def _usage(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vdcompress.healing.settings import MOST_EPOCHS
+from vdcompress.healing.settings import MOST_EPOCHS, MOST_SEED
 
 KEPT = "What the cache keeps"
 WHAT = "What"
@@ -138,7 +138,9 @@ Positions = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", min=0, rich_help_panel=DATA, help="Of everything that is drawn."),
+    typer.Option(
+        "--seed", min=0, max=MOST_SEED, rich_help_panel=DATA, help="Of everything that is drawn."
+    ),
 ]
 
 Epochs = Annotated[

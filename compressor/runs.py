@@ -48,8 +48,15 @@ def new_healed(run: Path, root: Path = ROOT) -> Path:
 
 
 def partial_of(run: Path) -> Path:
-    """Return where a finetune that will become ``run`` keeps its checkpoints."""
-    return run.with_name(run.name + PARTIAL)
+    """Return where a finetune that will become ``run`` keeps its checkpoints.
+
+    Raises:
+        RunError: no run can have that path.
+    """
+    named = run if run.name not in {"", ".."} else run.resolve()
+    if not named.name:
+        raise RunError(f"{run} cannot be the folder of a run", "name another folder")
+    return named.with_name(named.name + PARTIAL)
 
 
 def finished_of(partial: Path) -> Path:

@@ -62,6 +62,24 @@ def test_usage_errors_are_two_lines(
     assert hint.startswith("hint: see: vdcompress")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["finetune", "run", "--data", ""], "what follows --data is empty"),
+        (["finetune", "run", "--data="], "--data is empty"),
+        (["compare", ""], "an argument is empty"),
+    ],
+)
+def test_an_empty_argument_is_not_taken_for_none(
+    vdcompress: Vdcompress, arguments: list[str], says: str
+) -> None:
+    ended = vdcompress(*arguments)
+    assert ended.code == 2
+    error, hint = ended.err.splitlines()
+    assert error == f"error: {says}"
+    assert hint.startswith("hint: ")
+
+
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     command = f"{sys.executable} -c '{PROGRAM}' recipes show demo | head -c 1"
     ended = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,47 @@ def test_a_folder_without_results_has_its_cache_alone(
     assert refused.code == 2
     assert "nothing to draw" in refused.err
     assert not Path("bare.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"perplexity": {"base": "seven"}}, "perplexity.base"),
+        ({"perplexity": {"compressed": -3.0}}, "perplexity.compressed"),
+        ({"perplexity": {"healed": math.nan}}, "perplexity.healed"),
+        ({"kv_cache": {"bytes_per_token": 0}}, "kv_cache"),
+        ({"parameters": {"compressed": True}}, "parameters.compressed"),
+        ({"positions": [{"from": 0, "base": 2.0}]}, "positions.0.to"),
+        ({"seconds": {"load": "long"}}, "seconds.load"),
+        ({"healing": {}}, "healing.best_epoch"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    vdcompress: Vdcompress, tiny_run: Path, tmp_path: Path, damage: dict[str, Any], says: str
+) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "damaged")
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | damage))
+    assert_refused(vdcompress("compare", folder), 3, f"results.json is damaged: {says}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"best_epoch": 99}, "best_epoch is 99 of"),
+        ({"epochs": []}, "healing.epochs"),
+        ({"epochs": [{"val_ppl": "x"}]}, "healing.epochs.0.val_ppl"),
+        ({"tokens": "many"}, "healing.tokens"),
+    ],
+)
+def test_courses_that_cannot_be_are_refused(
+    vdcompress: Vdcompress, healed_run: Path, tmp_path: Path, damage: dict[str, Any], says: str
+) -> None:
+    folder = shutil.copytree(healed_run, tmp_path / "damaged")
+    results = json.loads((folder / "results.json").read_text())
+    results["healing"] |= damage
+    (folder / "results.json").write_text(json.dumps(results))
+    assert_refused(vdcompress("compare", folder), 3, "results.json is damaged", says)
 
 
 def test_what_is_no_run_is_refused(vdcompress: Vdcompress, tiny_run: Path, tmp_path: Path) -> None:

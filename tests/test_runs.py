@@ -38,6 +38,16 @@ def test_names_say_model_label_and_time(tmp_path: Path, model: str, stem: str) -
     assert re.fullmatch(rf"{stem}-v320-\d{{8}}-\d{{6}}", name)
 
 
+def test_what_becomes_a_run_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert runs.partial_of(Path("r")) == Path("r.partial")
+    assert runs.partial_of(Path()) == tmp_path.resolve() / "here.partial"
+    with pytest.raises(RunError, match="cannot be the folder of a run"):
+        runs.partial_of(Path("/"))
+
+
 def test_two_runs_in_one_second_differ(tmp_path: Path) -> None:
     first = finish(runs.new_run("m", "v8", tmp_path), 1)
     assert runs.new_run("m", "v8", tmp_path) != first

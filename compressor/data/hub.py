@@ -47,7 +47,8 @@ def _reach(name: str) -> None:
             error
         )
     except Exception as error:  # connection errors differ between versions of the client
-        raise DataError(f"cannot reach the hub for dataset {name!r}", _OFFLINE_HINT) from error
+        what = f"cannot reach the hub for dataset {name!r}, and no file has that name"
+        raise DataError(what, _OFFLINE_HINT) from error
 
 
 def texts(rows: Any, name: str, field: str) -> Iterator[str]:

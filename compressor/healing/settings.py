@@ -10,6 +10,7 @@ from vdcompress.errors import UsageError
 
 STAGE = "finetune"
 MOST_EPOCHS = 30
+MOST_SEED = 2**32 - 1  # that numpy takes
 HIDDEN_WEIGHT = 10.0
 
 Train = Literal["latents", "attention", "body", "all"]
@@ -130,6 +131,8 @@ class HealSettings:
         ]
         if self.epochs > MOST_EPOCHS:
             found.append(f"epochs must be at most {MOST_EPOCHS}")
+        if not 0 <= self.seed <= MOST_SEED:
+            found.append(f"seed must be from 0 to {MOST_SEED}")
         if not 0 <= self.warmup_ratio < 1:
             found.append("warmup_ratio must be from 0 to below 1")
         found += [f"{name} must be {_either(known)}" for name, known in self._unknown()]

@@ -23,7 +23,7 @@ from vdcompress.pipeline.document import (
 from vdcompress.pipeline.healing_job import Job
 from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.opening import open_base_of
-from vdcompress.pipeline.partials import unless_empty
+from vdcompress.pipeline.partials import alone, unless_empty
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.plots_healing import pictures
@@ -64,7 +64,7 @@ def finetune_run(
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
     windows = _read(job, compressed, timed)
     before = _before(job, compressed, base, tokens, timed) if processes.is_main() else {}
-    with unless_empty(job.partial, job.partial):
+    with alone(job.partial), unless_empty(job.partial, job.partial):
         healed = _heal(job, compressed, base, windows, timed)
         processes.end()
         if not processes.is_main():

@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from vdcompress import runs
 from vdcompress.artifact import require_free
 from vdcompress.errors import RunError
 from vdcompress.healing import checkpoints, processes
 from vdcompress.recipe import Recipe, parse
+
+LOCK = ".lock"
 
 
 def claim(output: Path, *, force: bool) -> None:
@@ -21,9 +25,12 @@ def claim(output: Path, *, force: bool) -> None:
 
     Raises:
         RunError: it is taken, or a run of that name was interrupted; ``force`` replaces both.
+            Another process is writing it; nothing replaces that.
     """
     require_free(output, force=force)
     partial = runs.partial_of(output)
+    if _is_written(partial):
+        raise _busy(partial)
     if partial.exists() and not force:
         raise RunError(
             f"{partial} holds an interrupted run", f"continue it with: {runs.resuming(partial)}"
@@ -51,6 +58,50 @@ def saved_state(partial: Path, name: str) -> tuple[Recipe, dict[str, Any]]:
         raise RunError(
             f"{partial} cannot be resumed: no readable {name}", "delete it and start again"
         ) from error
+
+
+@contextmanager
+def alone(partial: Path) -> Iterator[None]:
+    """Let no other program write to ``partial`` during the block; a killed one holds nothing.
+
+    Processes that train together enter it together.
+
+    Raises:
+        RunError: another one is writing there, or nothing can be written there.
+    """
+    lock = FileLock(partial / LOCK)
+
+    def take() -> None:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise _busy(partial) from error
+        except OSError as error:
+            raise RunError(f"cannot write to {partial}: {error.strerror}") from error
+
+    processes.shared(take)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_written(partial: Path) -> bool:
+    """Say whether a program is writing to ``partial`` now."""
+    if not (partial / LOCK).exists():
+        return False
+    try:
+        with FileLock(partial / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def _busy(partial: Path) -> RunError:
+    return RunError(
+        f"{partial} is being written by another process", "wait for it, or stop it first"
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from vdcompress.errors import RunError
+from vdcompress.pipeline.figures import first_fault
 from vdcompress.recipe import Recipe, parse
 
 RESULTS = "results.json"
@@ -28,6 +29,9 @@ def read_results(run: Path) -> dict[str, Any]:
         raise _unreadable(run) from error
     if not isinstance(found, dict) or not found.keys() >= NEEDED:
         raise _unreadable(run)
+    fault = first_fault(found)
+    if fault:
+        raise RunError(f"{run / RESULTS} is damaged: {fault}", "make the run again")
     return found
 
 

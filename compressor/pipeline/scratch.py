@@ -24,7 +24,7 @@ from vdcompress.pipeline.document import (
 )
 from vdcompress.pipeline.healing import course
 from vdcompress.pipeline.measure import PROMPT_TOKENS
-from vdcompress.pipeline.partials import claim, save_state, saved_state, unless_empty
+from vdcompress.pipeline.partials import alone, claim, save_state, saved_state, unless_empty
 from vdcompress.pipeline.scratch_settings import Scratch
 from vdcompress.recipe import Recipe
 from vdcompress.scratch.architecture import FAMILY
@@ -122,8 +122,9 @@ def train_scratch(
     training, validation, measuring = _windows(job.recipe, scratch, timed)
     with Stopwatch(timed).stage("build"):
         model = moved(scratch.model(), device)
-    processes.shared(lambda: save_state(job.partial, runs.FROM_SCRATCH, job.recipe))
-    with unless_empty(job.partial, *folders(job.partial, len(scratch.phases))):
+    kept = folders(job.partial, len(scratch.phases))
+    with alone(job.partial), unless_empty(job.partial, *kept):
+        processes.shared(lambda: save_state(job.partial, runs.FROM_SCRATCH, job.recipe))
         phases = train_phases(
             model,
             training,

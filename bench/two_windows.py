@@ -27,7 +27,7 @@ from vdcompress.rewrite import rewrite
 from vdcompress.statistics import Statistics
 
 TEXT = "docs_dev"
-WINDOWS, SAMPLES = 2, 4
+WINDOWS, SAMPLES = 2, 2
 WIDTHS = {"pythia-70m-standin": 320, "llama-32m-standin": 80}
 SHARED = {"pythia-70m-standin": 192, "llama-32m-standin": 80}
 STARTS = {"svd": Start("svd", "none", 0), "optimal": Start()}

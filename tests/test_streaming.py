@@ -141,7 +141,7 @@ def test_max_memory_decides_which_way(
     same_results(streamed, whole)
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "-3GB", "2 XB", "two", "1e3"])
+@pytest.mark.parametrize("text", ["GB", "0", "-3GB", "2 XB", "two", "1e3"])
 def test_sizes_that_are_none(vdcompress: Vdcompress, tiny_neox: Path, text: str) -> None:
     ended = vdcompress("apply", tiny_neox, "--v-dim", 32, f"--max-memory={text}")
     assert ended.code == 2

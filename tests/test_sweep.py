@@ -447,7 +447,6 @@ def test_a_sweep_under_way_does_not_look_finished(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--v-dim", ""), "--v-dim '' has an empty place"),
         (("--v-dim", "32,,16"), "--v-dim '32,,16' has an empty place"),
         (("--v-dim", "32,wide"), "--v-dim '32,wide': wide is not a whole number"),
         (("--v-dim", "0"), "--v-dim '0': 0 is not above zero"),

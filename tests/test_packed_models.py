@@ -56,10 +56,10 @@ def plans(base: Base) -> dict[str, Plan]:
     }
 
 
-@pytest.fixture(
-    scope="module",
-    params=["bits alone", "exact tokens", "groups of tokens", "one side", "shared and narrow"],
-)
+PLANS = ("bits alone", "exact tokens", "groups of tokens", "one side", "shared and narrow")
+
+
+@pytest.fixture(scope="module", params=PLANS)
 def plan(request: Any, base: Base) -> Plan:
     return plans(base)[request.param]
 
@@ -329,6 +329,9 @@ def test_rounded_latents_speak_up_too() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "plan"), [*(("gpt_neox", name) for name in PLANS), ("llama", PLANS[-1])], indirect=True
+)
 def test_a_fresh_process_packs_the_same(base: Base, plan: Plan, single: Any, tmp_path: Any) -> None:
     compressed = Compressed.of(base, plan, single, calibration=None)
     folder = tmp_path / "exported"

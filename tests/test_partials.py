@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from vdcompress.errors import RunError
-from vdcompress.pipeline.partials import LOCK, alone, claim
+from vdcompress.pipeline.partials import LOCK, claim, under_way
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from vdcompress.pipeline.partials import alone
+from vdcompress.pipeline.partials import under_way
 
-with alone(Path(sys.argv[1])):
+with under_way(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -33,7 +33,7 @@ def test_one_program_writes_and_a_killed_one_does_not(tmp_path: Path) -> None:
         for force in (False, True):
             with pytest.raises(RunError, match="written by another process"):
                 claim(run, force=force)
-        with pytest.raises(RunError, match="written by another process"), alone(partial):
+        with pytest.raises(RunError, match="written by another process"), under_way(partial):
             pass
         assert (partial / LOCK).exists()
     finally:
@@ -41,16 +41,19 @@ def test_one_program_writes_and_a_killed_one_does_not(tmp_path: Path) -> None:
         holder.wait()
     with pytest.raises(RunError, match="interrupted run"):
         claim(run, force=False)
-    with alone(partial):
-        pass
-    claim(run, force=True)
+    with pytest.raises(KeyboardInterrupt), under_way(partial):
+        raise KeyboardInterrupt
     assert not partial.exists()
+    with under_way(partial):
+        assert (partial / LOCK).exists()
+    assert not partial.exists()
+    claim(run, force=True)
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(RunError, match="cannot write to"),
-        alone(tmp_path / "file" / "r.partial"),
+        under_way(tmp_path / "file" / "r.partial"),
     ):
         pass

@@ -28,7 +28,7 @@ from decode_reference import (  # noqa: E402
 from naive_packed import LAYERS, naive_attention  # noqa: E402
 from vdcompress.modeling import triton_decode  # noqa: E402
 from vdcompress.modeling.attention import _decoded  # noqa: E402
-from vdcompress.modeling.decode_settings import Settings  # noqa: E402
+from vdcompress.modeling.decode_settings import BY_CHANNEL, Settings  # noqa: E402
 from vdcompress.modeling.decode_spans import PartTokens, Span  # noqa: E402
 from vdcompress.modeling.packed_cache import PackedLayer  # noqa: E402
 from vdcompress.modeling.triton_decode import attend_exact, attend_packed, decode  # noqa: E402
@@ -88,6 +88,12 @@ def test_scales_that_begin_anywhere_in_a_word() -> None:
         assert part.zero is not None
         assert (part.scale.stride(0) * 2 % 4, part.zero.stride(0) % 2) == (2, 1)
     check(query, spans)
+
+
+def test_keys_by_channel_have_their_own_cut() -> None:
+    for form, own in (("per_channel", True), ("per_token", False)):
+        _, spans = case([(1, 64, form, 4)], (1, 64, "per_token", 4), 64, 8, torch.float16)
+        assert (triton_decode.table_settings(spans, 8) == BY_CHANNEL) is own
 
 
 def test_joining_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from vdcompress.pipeline.document import (
 from vdcompress.pipeline.healing_job import Job
 from vdcompress.pipeline.measure import Measured, measure
 from vdcompress.pipeline.opening import open_base_of
-from vdcompress.pipeline.partials import alone, unless_empty
+from vdcompress.pipeline.partials import under_way
 from vdcompress.pipeline.results import read_recipe, read_results
 from vdcompress.pipeline.settings import heal_settings, settle
 from vdcompress.plots_healing import pictures
@@ -64,7 +63,7 @@ def finetune_run(
     tokens = text.evaluation_tokens(job.recipe, compressed.tokenizer)
     windows = _read(job, compressed, timed)
     before = _before(job, compressed, base, tokens, timed) if processes.is_main() else {}
-    with alone(job.partial), unless_empty(job.partial, job.partial):
+    with under_way(job.partial, job.partial):
         healed = _heal(job, compressed, base, windows, timed)
         processes.end()
         if not processes.is_main():
@@ -93,7 +92,6 @@ def finetune_run(
         )
         with Stopwatch(timed).stage("write"):
             _write(job, compressed, results, force=force)
-    shutil.rmtree(job.partial, ignore_errors=True)
     return results
 
 

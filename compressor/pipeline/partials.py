@@ -61,32 +61,40 @@ def saved_state(partial: Path, name: str) -> tuple[Recipe, dict[str, Any]]:
 
 
 @contextmanager
-def alone(partial: Path) -> Iterator[None]:
-    """Let no other program write to ``partial`` during the block; a killed one holds nothing.
+def under_way(partial: Path, *folders: Path) -> Iterator[None]:
+    """Let no other program write to ``partial`` while the block makes a run of it.
 
-    Processes that train together enter it together.
+    At its end nothing of ``partial`` is left; what an interrupted block leaves is kept only if one
+    of the folders has a checkpoint. A killed one holds no other up. Processes that train together
+    enter together, and the main one removes.
 
     Raises:
-        RunError: another one is writing there, or nothing can be written there.
+        RunError: another program is writing there, or nothing can be written there.
     """
     lock = FileLock(partial / LOCK)
-
-    def take() -> None:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise _busy(partial) from error
-        except OSError as error:
-            raise RunError(f"cannot write to {partial}: {error.strerror}") from error
-        except NotImplementedError:
-            pass  # a file system that knows no locks
-
-    processes.shared(take)
+    processes.shared(lambda: _take(lock, partial))
     try:
         yield
+        if processes.is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        if processes.is_main() and not any(map(checkpoints.newest, folders)):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
         lock.release()
+
+
+def _take(lock: FileLock, partial: Path) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise _busy(partial) from error
+    except OSError as error:
+        raise RunError(f"cannot write to {partial}: {error.strerror}") from error
+    except NotImplementedError:
+        pass  # a file system that knows no locks
 
 
 def _is_written(partial: Path) -> bool:
@@ -106,14 +114,3 @@ def _busy(partial: Path) -> RunError:
     return RunError(
         f"{partial} is being written by another process", "wait for it, or stop it first"
     )
-
-
-@contextmanager
-def unless_empty(partial: Path, *folders: Path) -> Iterator[None]:
-    """Keep what an interrupted block leaves in ``partial`` only if a folder has a checkpoint."""
-    try:
-        yield
-    except BaseException:
-        if processes.is_main() and not any(map(checkpoints.newest, folders)):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise

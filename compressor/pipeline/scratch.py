@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from vdcompress.pipeline.document import (
 )
 from vdcompress.pipeline.healing import course
 from vdcompress.pipeline.measure import PROMPT_TOKENS
-from vdcompress.pipeline.partials import alone, claim, save_state, saved_state, unless_empty
+from vdcompress.pipeline.partials import claim, save_state, saved_state, under_way
 from vdcompress.pipeline.scratch_settings import Scratch
 from vdcompress.recipe import Recipe
 from vdcompress.scratch.architecture import FAMILY
@@ -122,8 +121,7 @@ def train_scratch(
     training, validation, measuring = _windows(job.recipe, scratch, timed)
     with Stopwatch(timed).stage("build"):
         model = moved(scratch.model(), device)
-    kept = folders(job.partial, len(scratch.phases))
-    with alone(job.partial), unless_empty(job.partial, *kept):
+    with under_way(job.partial, *folders(job.partial, len(scratch.phases))):
         processes.shared(lambda: save_state(job.partial, runs.FROM_SCRATCH, job.recipe))
         phases = train_phases(
             model,
@@ -134,35 +132,36 @@ def train_scratch(
             resume=job.resume,
             on_event=timed,
         )
-    processes.end()
-    if not processes.is_main():
-        return {}
-    if phases[-1].best_epoch == 0:
-        on_event(Warned("no epoch was better than the start: the weights are those it began with"))
-    found = _measured(job, scratch, model, measuring, timed)
-    results = described(
-        "train",
-        {"id": job.recipe.name or "model", "revision": None, "family": FAMILY},
-        scratch.plan,
-        scratch.counts(),
-        run=str(job.output),
-        parent=None,
-        cost=scratch.cost(),
-        **found,
-        **_courses(phases),
-        seconds=timed.seconds,
-        environment=environment(device, start_memory),
-    )
-    with Stopwatch(timed).stage("write"):
-        write_comparison(
-            job.output,
-            model,
+        processes.end()
+        if not processes.is_main():
+            return {}
+        if phases[-1].best_epoch == 0:
+            on_event(
+                Warned("no epoch was better than the start: the weights are those it began with")
+            )
+        found = _measured(job, scratch, model, measuring, timed)
+        results = described(
+            "train",
+            {"id": job.recipe.name or "model", "revision": None, "family": FAMILY},
             scratch.plan,
-            results=results,
-            recipe=job.recipe.dumps(),
-            force=force,
+            scratch.counts(),
+            run=str(job.output),
+            parent=None,
+            cost=scratch.cost(),
+            **found,
+            **_courses(phases),
+            seconds=timed.seconds,
+            environment=environment(device, start_memory),
         )
-    shutil.rmtree(job.partial, ignore_errors=True)
+        with Stopwatch(timed).stage("write"):
+            write_comparison(
+                job.output,
+                model,
+                scratch.plan,
+                results=results,
+                recipe=job.recipe.dumps(),
+                force=force,
+            )
     return results
 
 

@@ -16,10 +16,10 @@ from transformers.cache_utils import CacheLayerMixin
 from .cache import GrowingLayer, LatentCache, require_inference
 from .layout import LayerLayout, Part
 from .packed_latents import Ageing, PackedLatents, StoredPart
-from .quantizer import Packed
+from .packed_rooms import PackedRooms
 from .quantizers import quantizer
 from .recent import Recent
-from .room import BLOCK, Room
+from .room import Room
 
 ROLLBACK = 32  # tokens that may be taken back without a trace
 
@@ -40,7 +40,7 @@ class PackedPart:
         self.ageing = Ageing(block, sinks, window) if block else Ageing(0)
         self.sinks = Room(max(1, sinks))
         self.exact = Room()  # of a part that is not packed
-        self.packed = [Room(), Room(max(1, BLOCK // max(block, 1))), Room(BLOCK // max(block, 1))]
+        self.packed = PackedRooms(self.quantizer) if self.quantizer else None
         late = window + block - 1
         self.recent = Recent(late + ROLLBACK if late > 0 else 0)
 
@@ -69,23 +69,15 @@ class PackedPart:
     def _pack(self, at_hand: Tensor, start: int, done: int) -> None:
         """Pack what is old enough of the tokens ``at_hand``, which begin at ``start``."""
         stop = self.ageing.packed_stop(self.tokens)
-        if self.quantizer is None or (stop == done and not self.packed[0].is_empty):
-            return
-        new = at_hand[:, :, max(0, done - start) : max(0, stop - start)]
-        for room, tensor in zip(self.packed, self.quantizer.quantize(new), strict=True):
-            if tensor is not None:
-                room.append(tensor)
+        if self.packed is not None and (stop > done or self.packed.is_empty):
+            self.packed.append(at_hand[:, :, max(0, done - start) : max(0, stop - start)])
 
     def _stored(self, exact: Tensor, start: int) -> StoredPart:
-        packed = None
-        if self.quantizer is not None:
-            codes, scale, zero = self.packed
-            packed = Packed(codes.shown, scale.shown, None if zero.is_empty else zero.shown)
         return StoredPart(
             width=self.part.width,
             ageing=self.ageing,
             sinks=exact[:, :, :0] if self.sinks.is_empty else self.sinks.shown,
-            packed=packed,
+            packed=None if self.packed is None else self.packed.shown,
             packed_stop=self.ageing.packed_stop(self.tokens),
             exact=exact,
             exact_start=start,
@@ -100,30 +92,27 @@ class PackedPart:
         """
         if tokens >= self.tokens:
             return
-        if self.quantizer is None:
+        if self.packed is None:
             self.exact.crop(tokens)
         else:
-            stop, block = self.ageing.packed_stop(tokens), self.ageing.token_block
+            stop = self.ageing.packed_stop(tokens)
             needed, start = min(stop, tokens), min(self.recent.start, tokens)
             if self.recent.keep and needed < start:
                 lost = self.stored().read(needed, start)
                 self.recent.prepend(lost, needed)
             self.recent.crop(tokens)
             self.sinks.crop(tokens)
-            kept = stop - self.ageing.sinks
-            for room, count in zip(self.packed, (kept, kept // block, kept // block), strict=True):
-                room.crop(count)
+            self.packed.crop(stop - self.ageing.sinks)
         self.tokens = tokens
 
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to every tensor; it may select or repeat sequences, or move them."""
-        for room in (self.sinks, self.exact, *self.packed):
-            room.change(change)
-        self.recent.change(change)
+        for held in self._held():
+            held.change(change)
 
     def nbytes(self) -> int:
         """Bytes of what is stored; copies that only serve to take tokens back are not counted."""
-        return self.exact_nbytes() + sum(room.nbytes() for room in self.packed)
+        return self.exact_nbytes() + (0 if self.packed is None else self.packed.nbytes())
 
     def exact_nbytes(self) -> int:
         """Bytes of the numbers that are not packed, in the model's dtype."""
@@ -133,8 +122,11 @@ class PackedPart:
 
     def nbytes_allocated(self) -> int:
         """Bytes of the rooms, spare capacity included."""
-        rooms = (self.sinks, self.exact, *self.packed)
-        return sum(room.nbytes_allocated() for room in rooms) + self.recent.nbytes_allocated()
+        return sum(held.nbytes_allocated() for held in self._held())
+
+    def _held(self) -> tuple[Room | PackedRooms | Recent, ...]:
+        packed = () if self.packed is None else (self.packed,)
+        return (self.sinks, self.exact, self.recent, *packed)
 
 
 class PackedLayer(CacheLayerMixin):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 BLOCK = 64
@@ -25,21 +26,21 @@ class Room:
 
     def append(self, new: Tensor) -> None:
         """Write new tokens [b, g, new, n] behind the stored ones."""
-        stop = self.length + new.shape[-2]
-        if self._room is None or self._room.shape[-2] < stop:
-            self._move(new, stop)
-        if self._room is not None:
-            self._room[:, :, self.length : stop] = new
-        self.length = stop
+        self.extend(new.shape, new.dtype, new.device)[:] = new
 
-    def _move(self, new: Tensor, stop: int) -> None:
-        """Take a larger room with what is stored in it."""
-        wanted = int(stop * GROWTH) if self.length else stop
-        blocks = -(-wanted // self.block)
-        room = new.new_empty(*new.shape[:2], blocks * self.block, new.shape[-1])
-        if self._room is not None:
-            room[:, :, : self.length] = self.shown
-        self._room = room
+    def extend(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make room for new tokens and return it, [b, g, new, n], for the caller to write into."""
+        b, g, new, n = shape
+        start, stop = self.length, self.length + new
+        if self._room is None or self._room.shape[-2] < stop:
+            wanted = int(stop * GROWTH) if start else stop
+            tokens = -(-wanted // self.block) * self.block
+            larger = torch.empty(b, g, tokens, n, dtype=dtype, device=device)
+            if self._room is not None:
+                larger[:, :, :start] = self.shown
+            self._room = larger
+        self.length = stop
+        return self._room[:, :, start:stop]
 
     @property
     def shown(self) -> Tensor:

@@ -1,0 +1,90 @@
+"""The packed tokens of one part of a layer, in rooms that grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .quantizer import Packed, Quantizer
+from .room import BLOCK, Room
+from .schemes import packed_width
+
+
+class PackedRooms:
+    """Codes, scales and zero points, each in a :class:`Room`.
+
+    Args:
+        quantizer: that packs what is written.
+    """
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer, self.block = quantizer, quantizer.scheme.token_block
+        self.codes, blocks = Room(), max(1, BLOCK // self.block)
+        self.scale, self.zero = Room(blocks), Room(blocks)
+
+    @property
+    def rooms(self) -> tuple[Room, Room, Room]:
+        """All of them."""
+        return self.codes, self.scale, self.zero
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever stored."""
+        return self.codes.is_empty
+
+    @property
+    def shown(self) -> Packed:
+        """What is stored."""
+        zero = None if self.zero.is_empty else self.zero.shown
+        return Packed(self.codes.shown, self.scale.shown, zero)
+
+    def append(self, new: Tensor) -> None:
+        """Pack new tokens [b, g, new, width], whole blocks of them, behind those stored."""
+        b, g, tokens, width = new.shape
+        scheme, device = self.quantizer.scheme, new.device
+        scales = (b, g, tokens // self.block, scheme.blocks(width))
+        codes = (b, g, tokens, packed_width(width, self.quantizer.bits))
+        into = Packed(
+            self.codes.extend(codes, torch.uint8, device),
+            self.scale.extend(scales, torch.float16, device),
+            self.zero.extend(scales, torch.uint8, device) if scheme.zero_bytes else None,
+        )
+        if not _packed_by_kernel(self.quantizer, new, into):
+            for room, tensor in zip(into, self.quantizer.quantize(new), strict=True):
+                if room is not None:
+                    room[:] = tensor
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first tokens, whole blocks of them."""
+        self.codes.crop(tokens)
+        self.scale.crop(tokens // self.block)
+        self.zero.crop(tokens // self.block)
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put what ``change`` makes of each room in its place."""
+        for room in self.rooms:
+            room.change(change)
+
+    def nbytes(self) -> int:
+        """Bytes of what is stored."""
+        return sum(room.nbytes() for room in self.rooms)
+
+    def nbytes_allocated(self) -> int:
+        """Bytes of the rooms."""
+        return sum(room.nbytes_allocated() for room in self.rooms)
+
+
+def _packed_by_kernel(quantizer: Quantizer, new: Tensor, into: Packed) -> bool:
+    """Let the device's kernel pack tokens; say whether there is one that can."""
+    if not new.is_cuda:
+        return False
+    try:
+        from .triton_quantize import can_quantize, quantize_into
+    except ImportError:
+        return False
+    if not can_quantize(quantizer):
+        return False
+    quantize_into(quantizer, new, into)
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -220,7 +221,9 @@ class LatentAttention(nn.Module):
             key = self.k_compress(_join_heads(key, self.config.base_kv_heads // layout.k_groups))
             return self._expand(query), key, value
         if layout.k_rotary.frequencies != tuple(range(cos.shape[-1])):
-            kept = list(layout.k_rotary.frequencies)
+            kept: Any = list(layout.k_rotary.frequencies)
+            if not torch.compiler.is_compiling():
+                kept = _numbers(layout.k_rotary.frequencies, cos.device)
             cos, sin = cos[..., kept], sin[..., kept]
         key = _heads(self.k_proj(hidden_states), layout.k_head_dim)
         return rotate(self._expand(query), cos, sin), rotate(key, cos, sin), value
@@ -256,6 +259,13 @@ class LatentAttention(nn.Module):
         if self.o_contract is not None:
             attended = self.o_contract(attended.transpose(1, 2)).transpose(1, 2)
         return attended.flatten(-2)
+
+
+@cache
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor; made anew a GPU would wait for them in every layer."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def _heads(x: Tensor, width: int) -> Tensor:

@@ -36,6 +36,7 @@ def bench_legend(found: Document) -> str:
 
 
 def _speeds(rows: Sequence[Row], batch: int) -> Table:
+    graphs = any(row["graph_tokens_per_second"] is not None for row in rows)
     cells = tuple(
         (
             f"{row['context']:,}",
@@ -44,13 +45,21 @@ def _speeds(rows: Sequence[Row], batch: int) -> Table:
             _speed(row["decode_tokens_per_second"]),
             _times(row["speedup"].get("dynamic")),
             _times(row["speedup"].get("static")),
+            *(_graph(row) if graphs else ()),
             size(row["cache_bytes"]),
             size(row["decode_peak_bytes"]),
         )
         for row in rows
     )
-    header = ("context", "cache", "prefill", "decode", "x dynamic", "x static", "bytes", "peak")
+    middle = ("graph", "x dynamic", "x static") if graphs else ()
+    speeds = ("prefill", "decode", "x dynamic", "x static", *middle)
+    header = ("context", "cache", *speeds, "bytes", "peak")
     return Table(f"batch {batch}", header, cells, words=2)
+
+
+def _graph(row: Row) -> tuple[str, ...]:
+    others = (_times(row["graph_speedup"].get(name)) for name in ("dynamic", "static"))
+    return (_speed(row["graph_tokens_per_second"]), *others)
 
 
 def _unmeasured(rows: Sequence[Row]) -> Table | None:

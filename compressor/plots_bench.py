@@ -18,6 +18,7 @@ MEGABYTE = 1e6
 GRID: dict[str, Any] = {"visible": True, "linewidth": 0.4, "alpha": 0.6}
 PANELS = (
     ("decode_tokens_per_second", "decode, tokens per second", 1.0),
+    ("graph_tokens_per_second", "decode from a CUDA graph", 1.0),
     ("cache_bytes", "cache, MB", MEGABYTE),
     ("decode_peak_bytes", "peak memory while decoding, MB", MEGABYTE),
 )
@@ -42,7 +43,7 @@ def benchmark(found: Document) -> bytes:
         raise UsageError("nothing was measured: there is nothing to draw", "leave -o out")
     batches = list(dict.fromkeys(row["batch"] for row in done))
     names = list(dict.fromkeys(row["cache"] for row in done))
-    panels = [panel for panel in PANELS if any(row[panel[0]] is not None for row in done)]
+    panels = [panel for panel in PANELS if any(row.get(panel[0]) is not None for row in done)]
     size = (PANEL[0] * len(batches), PANEL[1] * len(panels))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(len(panels), len(batches), squeeze=False)
@@ -63,7 +64,7 @@ def _panel(axes: Axes, rows: Sequence[Row], names: Sequence[str], key: str, unit
         points = sorted(
             (row["context"], row[key] / unit)
             for row in rows
-            if row["cache"] == name and row[key] is not None
+            if row["cache"] == name and row.get(key) is not None
         )
         axes.plot(
             [x for x, _ in points],

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from vdcompress.decode_speed import Contender, Pass
-
-if TYPE_CHECKING:
-    from vdcompress.cache_kinds import CacheKind
 
 Outcome = list[Pass] | str
 Measure = Callable[[Contender], Pass]
@@ -25,6 +21,8 @@ def rounds(
     measure: Measure,
     count: int,
     on_round: Callable[[int], None] = lambda _done: None,
+    *,
+    optional: bool = False,
 ) -> dict[str, Outcome]:
     """Return what was measured, by name: a pass for each round, or why there is none.
 
@@ -37,6 +35,7 @@ def rounds(
         measure: of one of them.
         count: of rounds.
         on_round: hears how many rounds are done.
+        optional: whatever is raised is a reason, not only memory that ran out.
     """
     found: dict[str, Outcome] = {contender.name: [] for contender in contenders}
     for done in range(1, count + 1):
@@ -47,7 +46,7 @@ def rounds(
             try:
                 passes.append(measure(contender))
             except Exception as error:
-                reason = _reason(error, contender.kind)
+                reason = _reason(error, optional or bool(contender.kind.needs))
                 if reason is None:
                     raise
                 found[contender.name] = reason
@@ -94,9 +93,9 @@ def ratios(found: Mapping[str, Outcome], name: str, others: Sequence[str]) -> di
     }
 
 
-def _reason(error: Exception, kind: CacheKind) -> str | None:
+def _reason(error: Exception, optional: bool) -> str | None:
     """Return why an error leaves a contender without figures, None if it may not."""
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in first:
         return "out of memory"
-    return f"{type(error).__name__}: {first}" if kind.needs else None
+    return f"{type(error).__name__}: {first}" if optional else None

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from conftest import Vdcompress, tiny_settings
 from test_bad_input import assert_refused
 from test_compare import PNG
+from test_decode_speed import captured_on_cpu
 from vdcompress import decode_speed
 from vdcompress.artifact import read_marker
 from vdcompress.bench_report import size
 from vdcompress.cache_kinds import DYNAMIC, OWN, QUANTIZED, STATIC, needed_bytes, prompt_bytes
 from vdcompress.cli.bench import tokens
 from vdcompress.errors import UsageError
+from vdcompress.pipeline import benching
 from vdcompress.pipeline.apply import apply_recipe
 from vdcompress.pipeline.benching import Workload
 from vdcompress.plan import Plan
@@ -98,6 +102,41 @@ def test_the_table_and_the_plot(vdcompress: Vdcompress, tiny_run: Path) -> None:
     assert "made for 256 tokens" in ended.out
     assert "warning: the model was made for 256 tokens" in ended.err
     assert_refused(vdcompress(*command), 2, "exists already", "--force")
+
+
+@pytest.fixture
+def with_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replay steps as on CUDA, but for those of the static cache, which no graph holds here."""
+
+    def captured(call: Any) -> Any:
+        cache = inspect.getclosurevars(call).nonlocals["cache"]
+        if type(cache) is StaticCache:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return captured_on_cpu(call)
+
+    monkeypatch.setattr(benching, "_has_graphs", lambda _device: True)
+    monkeypatch.setattr(decode_speed, "captured", captured)
+
+
+@pytest.mark.usefixtures("with_graphs")
+def test_steps_from_graphs_are_shown_beside_plain_ones(
+    vdcompress: Vdcompress, tiny_run: Path, tmp_path: Path
+) -> None:
+    ended = vdcompress("bench", tiny_run, "--context", "64", *SMALL, "--json")
+    assert ended.code == 0, ended.err
+    rows = by_cache(ended.json["rows"], 64, 1)
+    for name in ("dynamic", "compressed"):
+        assert rows[name]["graph_tokens_per_second"] > 0
+        assert set(rows[name]["graph_speedup"]) == {"dynamic"}
+    assert rows["static"]["state"] == "done"
+    assert rows["static"]["graph_tokens_per_second"] is None
+    assert "no CUDA graph of a step with the static cache: RuntimeError" in ended.err
+    assert any("CUDA graph" in note for note in ended.json["notes"])
+
+    ended = vdcompress("bench", tiny_run, "--context", "64", *SMALL, "-o", tmp_path / "x.png")
+    assert ended.code == 0, ended.err
+    assert "graph" in ended.out.split("compressed")[0]
+    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
 
 
 def test_what_is_no_workload_is_refused(vdcompress: Vdcompress, tiny_run: Path) -> None:

@@ -109,6 +109,28 @@ def test_decoding_counts_the_context_and_continues_behind_it(
     assert found.peak_bytes is None or found.peak_bytes >= weights
 
 
+def captured_on_cpu(call: Any) -> Any:
+    """Do what a graph does as far as a cache tells: the work is made often, and replayed."""
+    for _ in range(decode_speed.GRAPH_STEPS):
+        call()
+    return call
+
+
+@pytest.mark.parametrize("kind", [DYNAMIC, STATIC, OWN], ids=lambda kind: kind.name)
+def test_a_replayed_step_counts_the_context(
+    base: tuple[Any, Any], compressed: Compressed, monkeypatch: pytest.MonkeyPatch, kind: CacheKind
+) -> None:
+    """A static cache goes on with each replay, and must have room for all of them."""
+    monkeypatch.setattr(decode_speed, "captured", captured_on_cpu)
+    model, layouts = base if kind is not OWN else (compressed.model, compressed.plan.layers)
+
+    found = decode_speed.replay(Contender("x", model, layouts, kind), 50, 2, 7)
+
+    plain = decode_speed.decode(Contender("x", model, layouts, kind), 50, 2, 1)
+    assert found.cache_bytes == plain.cache_bytes
+    assert found.tokens_per_second > 0
+
+
 def test_a_prompt_is_read_once_into_an_empty_cache(base: tuple[Any, Any]) -> None:
     found = decode_speed.prefill(Contender("x", *base, DYNAMIC), 20, 3)
 

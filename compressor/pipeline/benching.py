@@ -30,6 +30,8 @@ RANDOM = (
     "decode is measured behind a cache filled with random numbers, not behind a text that was read"
 )
 PLAIN = "steps are plain calls of the model: nothing is compiled, the static cache neither"
+GRAPHS = "graph: one such step replayed from a CUDA graph, the GPU's work without its launches"
+REPLAYS = 4  # times as many steps as are decoded, since they take less time
 
 Json = dict[str, Any]
 
@@ -142,7 +144,8 @@ def open_bench(
         dtype = getattr(torch, str(work.dtype))
         for model in (base.model, compressed.model):
             model.to(dtype)
-    bench = Bench(run, compressed, base, work, device, timed, start_memory, notes=[RANDOM, PLAIN])
+    notes = [RANDOM, PLAIN, *([GRAPHS] if _has_graphs(device) else [])]
+    bench = Bench(run, compressed, base, work, device, timed, start_memory, notes=notes)
     longest = getattr(base.config, "max_position_embeddings", None)
     if longest is not None and max(work.contexts) + work.new_tokens >= longest:
         note = (
@@ -209,6 +212,7 @@ def _rows(bench: Bench, context: int, batch: int, done: int) -> list[Json]:
         work.repeats,
         lambda now: bench.timed(Progress(STAGE, done + now, where)),
     )
+    replayed = _replayed(bench, able, context, batch)
     rows = []
     for contender in bench.contenders:
         reason = left_out[contender.name]
@@ -220,9 +224,27 @@ def _rows(bench: Bench, context: int, batch: int, done: int) -> list[Json]:
             "prefill_tokens": prompt,
         }
         name = contender.name
-        figures = skipped(reason) if reason else measured(decoded, prompts, name)
+        figures = skipped(reason) if reason else measured(decoded, prompts, replayed, name)
         rows.append(row | figures)
     return rows
+
+
+def _has_graphs(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def _replayed(bench: Bench, able: list[Contender], context: int, batch: int) -> dict[str, Outcome]:
+    """Return what came of steps in CUDA graphs, of the caches that graphs may hold."""
+    if not _has_graphs(bench.device):
+        return {}
+    held = [contender for contender in able if not contender.kind.needs]
+    replays = REPLAYS * bench.work.new_tokens
+    measure = partial(decode_speed.replay, context=context, batch=batch, replays=replays)
+    found = rounds(held, measure, bench.work.repeats, optional=True)
+    for name, outcome in found.items():
+        if isinstance(outcome, str):
+            bench.timed(Warned(f"no CUDA graph of a step with the {name} cache: {outcome}"))
+    return found
 
 
 def _left_out(bench: Bench, contender: Contender, context: int, batch: int) -> str:

@@ -101,6 +101,8 @@ LAYERS = (
     _even("normal 2 bits 40/40", EIGHT, 40, INT2),
     _layer("int4 40/40, K by channel", EIGHT, (BY_CHANNEL,), (40, *INT4)),
     _layer("K 16 bf16 + 24 int4, V 40 int4", EIGHT, ((16, *BF16), (24, *INT4)), (40, *INT4)),
+    _layer("K 16 int8 + 48 int8, V 64 int8", EIGHT, ((16, *INT8), (48, *INT8)), (64, *INT8)),
+    _layer("K 16 int8 + 48 int4, V 64 int4", EIGHT, ((16, *INT8), (48, *INT4)), (64, *INT4)),
     _even("shared bf16 192/192", ONE, 192, BF16, 60),
     _even("shared int8 192/192", ONE, 192, INT8, 35),
     _even("shared int4 192/192", ONE, 192, INT4, 22),

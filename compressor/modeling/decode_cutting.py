@@ -11,7 +11,8 @@ from .schemes import PER_CHANNEL, SCHEMES, codes_per_word, packed_width
 SMALLEST = 16  # units of a piece: the least that a matrix unit adds up
 LARGEST = 256
 MANTISSA = 10  # bits of an fp16 number below which there is no exponent
-WIDEST = 512  # numbers of a row, so that a program's queries fit into its registers
+WIDEST = 512  # numbers of a row, so that a program's queries and sums fit into its registers
+WIDEST_PACKED = 320  # likewise, where codes take room too
 
 
 @cache
@@ -122,14 +123,15 @@ def _sizes(total: int, most: int) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def tokens_per_row(heads: int, widest: int) -> int:
+def tokens_per_row(heads: int, widest: int, *, packed: bool) -> int:
     """Return how many latents a row has, so that its products fill a matrix unit's columns.
 
     Args:
         heads: that share a latent.
         widest: numbers of the widest latent.
+        packed: whether any part is.
     """
     tokens = max(1, COLUMNS // power_of_two(heads))
-    while tokens > 1 and tokens * widest > WIDEST:
+    while tokens > 1 and tokens * widest > (WIDEST_PACKED if packed else WIDEST):
         tokens //= 2
     return tokens

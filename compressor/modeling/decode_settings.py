@@ -32,8 +32,12 @@ TABLE = {
     (4, 8): Settings(16, 1, 3, 4),
     (3, 8): Settings(32, 2, 3, 4),
     (2, 8): Settings(16, 1, 4, 8),
+    (8, 4): Settings(32, 1, 3, 4),
+    (4, 4): Settings(32, 1, 3, 4),
+    (3, 4): Settings(32, 1, 3, 4),
+    (2, 4): Settings(32, 1, 3, 4),
     (16, 2): Settings(16, 1, 3, 4),
-    (8, 2): Settings(64, 2, 3, 4),
+    (8, 2): Settings(32, 1, 3, 4),
     (4, 2): Settings(64, 2, 3, 4),
     (3, 2): Settings(64, 2, 3, 4),
     (2, 2): Settings(64, 2, 3, 4),
@@ -55,7 +59,6 @@ def settings_for(bits: tuple[int, ...], tokens: int) -> Settings:
         bits: of each part's numbers.
         tokens: latents of a row.
     """
-    known = sorted({key for key, _ in TABLE})
+    known = {key for key, _ in TABLE}
     most = min(each for each in known if each >= min(max(bits), max(known)))
-    room = max(each for _, each in TABLE if each <= tokens)
-    return TABLE[most, room]
+    return TABLE[most, max(room for key, room in TABLE if key == most and room <= tokens)]

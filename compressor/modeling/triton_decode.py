@@ -148,7 +148,10 @@ def _by_channel(span: Span) -> bool:
 
 def tokens_per_row_of(span: Span, heads: int) -> int:
     """Return how many latents a row of a span has."""
-    return 1 if _by_channel(span) else tokens_per_row(heads, max(p.width for p in span.parts))
+    if _by_channel(span):
+        return 1
+    packed = any(part.form != EXACT for part in span.parts)
+    return tokens_per_row(heads, max(part.width for part in span.parts), packed=packed)
 
 
 def bytes_per_token(span: Span) -> int:

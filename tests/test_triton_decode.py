@@ -96,6 +96,36 @@ def test_keys_by_channel_have_their_own_cut() -> None:
         assert (triton_decode.table_settings(spans, 8) == BY_CHANNEL) is own
 
 
+@pytest.mark.parametrize(("programs", "own"), [(2, False), (9, True)])
+def test_short_spans_have_programs_where_there_are_many(programs: int, own: bool) -> None:
+    part, spans = (1, 40, "exact", 16), []
+    for start, stop in ((0, 4), (4, 3004), (3004, 3104)):
+        _, found = case([part], part, stop - start, 1, torch.float16)
+        spans.append(found[0]._replace(start=start))
+    tiles = [triton_decode._section(span, 640, 16, 1, 1, 40, 40) for span in spans]
+    settings = Settings(programs=programs)
+    counts, most, slots = triton_decode._counts(
+        spans,
+        tiles,
+        triton_decode.multiprocessors(torch.device("cpu")),
+        settings,
+        torch.device("cpu"),
+    )
+    taken = []
+    for (tokens, _, first, _, blocks, *_), tile in zip(counts, tiles, strict=True):
+        needed = -(-tokens // (blocks * tile.block))
+        taken.append(set(range(first, first + needed)))
+    assert set().union(*taken) == set(range(most))
+    assert (len(taken[1]), most) == ((7, 9) if own else (2, 2))
+    assert slots == sum(len(each) * tile.tokens for each, tile in zip(taken, tiles, strict=True))
+
+
+def test_what_is_counted_looks_alike_to_triton_at_every_step() -> None:
+    found = triton_decode.as_odd((0, 1, 16, 4095, 4096, 2**29))
+    assert all(number % 2 and number > 1 for number in found)
+    assert [(number - 3) >> 1 for number in found] == [0, 1, 16, 4095, 4096, 2**29]
+
+
 def test_joining_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_decode, "JOINED_NUMBERS", 64)  # 16 of 40 dimensions, of 4 slots
     key, value = (2, 40, "per_token", 4), (2, 40, "per_token", 4)

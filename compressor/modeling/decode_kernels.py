@@ -25,6 +25,7 @@ from .decode_reading import element, length, read_scales, scores_shape, static, 
 from .decode_scores import masked_scores, part_scores, query_range, query_tiles
 from .decode_values import LIFT, add_values, store_sums, sums_shape, value_scales, values_of
 
+CHANGING = ["slots", "factor", "mask_b"]  # from step to step: not to compile for each
 LOWEST = tl.constexpr(-1e30)  # below any score; finite, so that differences are numbers
 
 
@@ -35,11 +36,17 @@ def part_tile(section, index):
 
 
 @triton.jit
+def count(counts, index: tl.constexpr):
+    """Return a number that :func:`triton_decode.as_odd` wrote."""
+    return (counts[index] - 3) >> 1
+
+
+@triton.jit
 def _moved(counts, k: tl.constexpr, SECTION: tl.constexpr):
     """Return the number of a part's first token that is wanted."""
     first = 0
     if part_tile(SECTION, k).moved:
-        first = counts[5 + k]
+        first = count(counts, 5 + k)
     return first
 
 
@@ -78,8 +85,8 @@ def _attend_section(  # noqa: PLR0912
     BLOCK: tl.constexpr = SECTION.rows * SECTION.tokens
     column = tl.arange(0, SECTION.columns)
     head, place = column // SECTION.tokens, column % SECTION.tokens
-    start = split * counts[4] * BLOCK
-    stop = tl.minimum(start + counts[4] * BLOCK, counts[0])
+    start = split * count(counts, 4) * BLOCK
+    stop = tl.minimum(start + count(counts, 4) * BLOCK, count(counts, 0))
     shrink = 1.0
     grow = factor
     if SECTION.shrinks:
@@ -134,10 +141,12 @@ def _attend_section(  # noqa: PLR0912
             if SECTION.keys[k].exact:
                 found = found * factor
             scores += found
-        scores = masked_scores(scores, mask, mask_h, head, counts[1] + first + inner, alive, MASK)
+        scores = masked_scores(
+            scores, mask, mask_h, head, count(counts, 1) + first + inner, alive, MASK
+        )
         values = parts[length(SECTION.keys)]
         stored = now[length(SECTION.keys)]
-        scales, zeros, top = value_scales(stored[0], stored[1], VALUES, SECTION)
+        scales, zeros, top = value_scales(stored[0], stored[1], alive, VALUES, SECTION)
         ranked = scores
         if not (VALUES.exact or VALUES.by_channel):
             ranked = scores + ((top.to(tl.int32, bitcast=True) >> 23) - 126).to(tl.float32)
@@ -162,14 +171,14 @@ def _attend_section(  # noqa: PLR0912
             SECTION,
             UPCAST,
         )
-    slot = counts[3] + split * SECTION.tokens
+    slot = count(counts, 3) + split * SECTION.tokens
     store_sums(out, sums, lost, head, place, slots, slot, VALUES, SECTION)
     row = head * slots + slot + place
     tl.store(most_out + row, most, mask=head < SECTION.heads)
     tl.store(norm_out + row, tl.sum(norm, 0) * two_to(-LIFT), mask=head < SECTION.heads)
 
 
-@triton.jit(do_not_specialize=["counts", "slots", "factor", "mask_b"])
+@triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=CHANGING)
 def attend(
     query,
     query_b,
@@ -203,7 +212,8 @@ def attend(
         factor: of the scores, times the logarithm of e to the base of 2.
         parts: for each section its key parts and its values.
         counts: for each section its tokens, the number of its first one in the mask, its first
-            program, its first slot, the blocks of a program, and the first token of each part.
+            program, its first slot, the blocks of a program, and the first token of each part,
+            as :func:`count` reads them.
         slots: of a head.
         heads: of a sequence.
         SECTIONS: how each section is read.
@@ -219,9 +229,10 @@ def attend(
     for s in tl.static_range(length(SECTIONS)):
         first_head = group * SECTIONS[s].heads
         row = (batch * heads + first_head) * slots
-        split = program - counts[s][2]
+        split = program - count(counts[s], 2)
         if (split >= 0) & (
-            split * counts[s][4] * SECTIONS[s].rows * SECTIONS[s].tokens < counts[s][0]
+            split * count(counts[s], 4) * SECTIONS[s].rows * SECTIONS[s].tokens
+            < count(counts[s], 0)
         ):
             _attend_section(
                 query + batch * query_b + first_head * SECTIONS[s].query_stride,
@@ -243,7 +254,7 @@ def attend(
             )
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["slots"])
 def join(
     out,
     most,

@@ -196,10 +196,12 @@ def read_scales(part, batch, group, first, left, TILE: tl.constexpr, SECTION: tl
             wanted = wanted & (tl.zeros_like(code) < left)
         else:
             number = group * TILE.latents + n // TILE.blocks
-            inner = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens
-            inner = inner + tl.arange(0, SECTION.tokens)[None, :]
+            row = tl.arange(0, SECTION.rows)[:, None] * SECTION.tokens
+            inner = row + tl.arange(0, SECTION.tokens)[None, :]
             place = (first + inner) * TILE.blocks + n % TILE.blocks
             wanted = inner < left
+            if TILE.whole:  # a row's are read side by side, whether or not all are wanted
+                wanted = tl.broadcast_to(row < left, wanted.shape)
         place = batch * part[5] + number * part[6] + place
         if SECTION.scales_in_words:
             scale = _in_word(part[1] + place, wanted).to(tl.uint16).to(tl.float16, bitcast=True)

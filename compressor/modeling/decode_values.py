@@ -44,8 +44,11 @@ def sums_shape(tile, term, section):
 
 
 @triton.jit
-def value_scales(scales, zeros, TILE: tl.constexpr, SECTION: tl.constexpr):
-    """Return scales and zero points of every block of the values, and the largest scale."""
+def value_scales(scales, zeros, alive, TILE: tl.constexpr, SECTION: tl.constexpr):
+    """Return scales and zero points of every block of the values, and the largest scale.
+
+    What was read of tokens that are not ``alive`` [R, N] may be no number; it becomes 0.
+    """
     if TILE.exact or TILE.by_channel:
         top = 1.0
         wide = scales
@@ -55,6 +58,8 @@ def value_scales(scales, zeros, TILE: tl.constexpr, SECTION: tl.constexpr):
         levels = ()
         for n in tl.static_range(length(scales)):
             scale, zero = token_scales(scales[n], zeros[n], TILE, SECTION)
+            if TILE.whole:
+                scale = tl.where(alive, scale, 0.0)
             if TILE.has_zero:  # Triton reads ahead only what a product depends on
                 scale = scale + zero * 0.0
             wide = wide + (scale,)

@@ -26,6 +26,7 @@ from .schemes import GROUP_TOKENS, PER_CHANNEL
 INTERPRETED = type(attend).__name__ == "InterpretedFunction"
 HALVES = (torch.float16, torch.bfloat16)
 MOST_HEADS = 64  # of one latent, whose queries are held at once
+MANY_PROGRAMS = 8  # of a pair: enough that short spans have some of their own
 JOINED_NUMBERS = 8192  # that are joined at a time
 LEAST_JOINED = 16  # dimensions of a program that joins
 JOINING_WARPS = 4  # so few that it finds room beside the programs that it waits for
@@ -112,7 +113,7 @@ def decode(
             mask_h,
             scaling * math.log2(math.e),
             tuple(tuple(map(_pointers, span.parts)) for span in spans),
-            counts,
+            tuple(map(as_odd, counts)),
             slots,
             h,
             SECTIONS=sections,
@@ -183,16 +184,22 @@ def _tile(part: PartTokens, tokens: int, wanted: int, groups: int, first: int) -
         tokens=tokens,
         latents=part.codes.shape[1] // groups,
         first=first,
-        whole=packed and not part.moved and _has_room(part.codes, -(-wanted // tokens) * tokens),
+        whole=packed and not part.moved and _rows_have_room(part, -(-wanted // tokens) * tokens),
         moved=part.moved,
     )
 
 
-def _has_room(codes: Tensor, tokens: int) -> bool:
-    """Whether there is memory for so many tokens [b, g, tokens, bytes], wanted or not."""
-    before = (codes.shape[0] - 1) * codes.stride(0) + (codes.shape[1] - 1) * codes.stride(1)
-    room = codes.untyped_storage().nbytes() // codes.element_size()
-    return codes.storage_offset() + before + tokens * codes.shape[3] <= room
+def _rows_have_room(part: PartTokens, tokens: int) -> bool:
+    """Whether there is memory for so many tokens of a part, wanted or not."""
+    by_token = () if part.form == PER_CHANNEL.name else (part.scale, part.zero)
+    return all(x is None or _has_room(x, tokens) for x in (part.codes, *by_token))
+
+
+def _has_room(x: Tensor, tokens: int) -> bool:
+    """Whether there is memory for so many tokens [b, g, tokens, n], wanted or not."""
+    before = (x.shape[0] - 1) * x.stride(0) + (x.shape[1] - 1) * x.stride(1)
+    room = x.untyped_storage().nbytes() // x.element_size()
+    return x.storage_offset() + before + tokens * x.shape[3] <= room
 
 
 def _counts(
@@ -202,18 +209,38 @@ def _counts(
     settings: Settings,
     device: torch.device,
 ) -> tuple[tuple[tuple[int, ...], ...], int, int]:
-    """Return what the kernel counts, how many programs a pair has, and how many slots a head."""
+    """Return what the kernel counts, how many programs a pair has, and how many slots a head.
+
+    Where a pair has few programs, those of the longest span read the others too: these are short,
+    and programs of their own would only begin when a place is free.
+    """
     wanted = max(1, round(multiprocessors(device) * settings.programs / pairs))
-    share = -(-sum(span.tokens for span in spans) // wanted)
+    others = len(spans) - 1
+    together = wanted < MANY_PROGRAMS
+    share = -(-sum(s.tokens for s in spans) // (wanted if together else wanted - others))
+    each = [max(LEAST_BLOCKS, -(-share // section.block)) for section in sections]
+    needed = [
+        -(-span.tokens // (section.block * blocks))
+        for span, section, blocks in zip(spans, sections, each, strict=True)
+    ]
+    programs = max(needed) if together else sum(needed)
     counts, program, slot = [], 0, 0
-    for span, section in zip(spans, sections, strict=True):
-        blocks = -(-span.tokens // section.block)
-        each = max(LEAST_BLOCKS, -(-share // section.block))
+    for index, (span, section) in enumerate(zip(spans, sections, strict=True)):
         firsts = (part.first for part in span.parts)
-        counts.append((span.tokens, span.start, program, slot, each, *firsts))
-        program += -(-blocks // each)
-        slot += -(-blocks // each) * section.tokens
-    return tuple(counts), program, slot
+        first = min(program, programs - needed[index])
+        counts.append((span.tokens, span.start, first, slot, each[index], *firsts))
+        program += needed[index]
+        slot += needed[index] * section.tokens
+    return tuple(counts), programs, slot
+
+
+def as_odd(counts: Sequence[int]) -> tuple[int, ...]:
+    """Return odd numbers above 1 that stand for these.
+
+    Triton compiles a kernel for each pattern of numbers in a tuple that are 1 or divide by 16,
+    while tokens are counted and a model decodes.
+    """
+    return tuple(2 * number + 3 for number in counts)
 
 
 def _pointers(part: PartTokens) -> tuple[Tensor | int, ...]:

@@ -5,12 +5,13 @@ a key latent, v width of a value latent. Groups of keys and of values may differ
 number divides the other.
 
 A prefill runs through torch's scaled dot product attention. On CPU its fast kernel wants equal
-widths, so the narrower side is padded with zeros for the call (the cache never holds them). One
-query against a CPU cache is two plain matrix products, which read the cache once and are faster
-than any kernel torch has there for unequal widths; in half precision that kernel is faster where it
-takes the latents as they are. Latents in few bits are attended where they are packed, by
-:mod:`packed_attention`. Where there is Triton one query on CUDA is left to :mod:`triton_decode`,
-and where there is numba one query on a CPU to :mod:`numba_decode`.
+widths, so the narrower side is padded with zeros for the call (the cache never holds them). cuDNN
+comes first for a prompt on CUDA and last for one query: it plans anew for every length of a cache,
+which takes it tens of milliseconds. One query against a CPU cache is two plain matrix products,
+which read the cache once and are faster than any kernel torch has there for unequal widths; in half
+precision that kernel is faster where it takes the latents as they are. Latents in few bits are
+attended where they are packed, by :mod:`packed_attention`. Where there is Triton one query on CUDA
+is left to :mod:`triton_decode`, and where there is numba one query on a CPU to :mod:`numba_decode`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from .rounded_latents import RoundedLatents, rounded_attention
 from .thin_products import dots, sums
 
 NAME = "vdcompress"
-WORTH_BYTES = 2**26  # of latents in 16 bits from which on a kernel's time outweighs its launch
+WORTH_BYTES = 2**23  # of latents in 16 bits from which on a kernel's time outweighs its launch
 KERNEL_DEVICES = ("cuda", "cpu")
-CUDA_ORDER = [
+PROMPT_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+DECODE_ORDER = [*PROMPT_ORDER[1:-1], PROMPT_ORDER[0], PROMPT_ORDER[-1]]
 
 
 def matmul_attention(  # noqa: PLR0917
@@ -117,10 +119,8 @@ def latent_attention(  # noqa: PLR0917
     if on_cpu:
         widest = max(query.shape[-1], width)
         query, key, value = (_pad(x, widest) for x in (query, key, value))
-    order = (
-        sdpa_kernel(CUDA_ORDER, set_priority=True) if query.is_cuda else contextlib.nullcontext()
-    )
-    with order:
+    order = DECODE_ORDER if query.shape[2] == 1 else PROMPT_ORDER
+    with sdpa_kernel(order, set_priority=True) if query.is_cuda else contextlib.nullcontext():
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

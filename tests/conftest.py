@@ -8,7 +8,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only wait for each other
+torch.set_num_threads(1)  # here too, where torch has read that variable before it was set
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU; read when Triton is imported
 END = "<|endoftext|>"
@@ -38,6 +39,13 @@ class Ended:
 
 
 Vdcompress = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Take back the threads that torch has once numba starts its own: one for each processor."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -123,7 +131,6 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer:
     from vdcompress import families
     from vdcompress.load import load
 
-    torch.set_num_threads(1)
     model_class = families.get(request.param).base_class()
     folder = tmp_path_factory.mktemp(request.param)
     with torch.random.fork_rng():

@@ -624,7 +624,6 @@ SHORT_STEPS = replace(SHORT, save_steps=1, epochs=6)
 def test_a_process_that_is_killed_without_warning_can_be_resumed(
     text: tuple[Tensor, Tensor], tmp_path: Path
 ) -> None:
-    torch.set_num_threads(1)  # as the other process does: sums must be equal to the bit
     straight = run_whole(text, tmp_path / "straight", SHORT_STEPS)
     torch.save(text, tmp_path / "text.pt")
     folder = tmp_path / "killed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -39,6 +40,16 @@ class Ended:
 
 
 Vdcompress = Callable[..., Ended]
+
+
+def pytest_collection_finish() -> None:
+    """Let searches for garbage, of which each finetune makes some, pass over what was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -231,6 +231,21 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_torch_keeps_its_threads_when_numba_starts_its_own() -> None:
+    """As many as processors they would be, and small operations wait for each other."""
+    code = """
+import torch
+from vdcompress.modeling import numba_decode as own
+own.WORTH = 0
+query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2000, 40)
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    own.attend_exact(query, x, x, None, 1.0)
+    assert torch.get_num_threads() == threads
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_without_numba_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (drawn(1, 4, s, 40, seed=s, dtype=torch.float32) for s in (1, 90, 91))
     value = value[:, :, :90]

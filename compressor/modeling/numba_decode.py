@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -125,7 +126,7 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     groups = min(part.codes.shape[1] for part in spans[0].parts)
     count = min(torch.get_num_threads(), MOST_THREADS)
     _entered[:] = [os.getpid()]
-    with _turn, threads(count):
+    with _turn, _torch_threads_kept(), threads(count):
         left = [
             _attended(queries.numpy(), span, groups, h // groups, count, _added(mask, span))
             for span in spans
@@ -134,6 +135,17 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     out = np.empty((b, groups, h // groups, spans[0].values.width), np.float32)
     join(sums, marks, out)
     return torch.from_numpy(out).view(b, h, 1, -1).to(query.dtype)
+
+
+@contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Give torch its number of threads back: numba, as it starts, sets one for each processor."""
+    had = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != had:
+            torch.set_num_threads(had)
 
 
 def _added(mask: Tensor | None, span: Span) -> np.ndarray:

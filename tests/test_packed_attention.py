@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from naive_packed import LAYERS, naive_attention
+from vdcompress.modeling import packed_attention
 from vdcompress.modeling.attention import latent_attention, matmul_attention
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.modeling.packed_cache import PackedLayer
 from vdcompress.modeling.packed_latents import PackedLatents
+from vdcompress.modeling.packed_prompt import is_prompt
 from vdcompress.modeling.rounded_latents import rounded_layer
 
 HEADS, TOKENS, SCALE = 4, 110, 0.3
@@ -111,12 +113,26 @@ def test_without_a_cache_it_is_the_same(name: str, sinks: int, window: int) -> N
     assert value.grad.abs().sum() > 0
 
 
-def test_long_prompts_are_cut_into_queries_and_blocks() -> None:
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_long_prompts_are_cut_into_queries_and_blocks(
+    monkeypatch: pytest.MonkeyPatch, unpacked: bool
+) -> None:
     layout = LAYERS["one latent, blocks of 64"]
     sides = drawn(layout, tokens=700, batch=1)
+    monkeypatch.setattr(packed_attention, "is_prompt", lambda *_: False)
     expected = through_cache(PackedLayer(layout, 4, 40), sides, 50)
+    monkeypatch.setattr(packed_attention, "is_prompt", lambda *_: unpacked)
     found = through_cache(PackedLayer(layout, 4, 40), sides, 700)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_what_is_unpacked_at_once_is_of_the_size_of_the_prompt() -> None:
+    layout = LAYERS["V exact"]
+    cache = PackedLayer(layout)
+    for new, prompt in ((31, False), (32, True), (100, True), (40, False), (32, False)):
+        query, key, value = drawn(layout, tokens=new)
+        keys, _ = cache.update(key, value)
+        assert is_prompt(query, keys) is prompt
 
 
 @pytest.mark.parametrize("side", ["key", "value"])

@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .packed_attention import packed_attention, use_kernel
 from .packed_latents import PackedLatents
+from .packed_prompt import padded
 from .rounded_latents import RoundedLatents, rounded_attention
 from .thin_products import dots, sums
 
@@ -118,7 +119,7 @@ def latent_attention(  # noqa: PLR0917
     width = value.shape[-1]
     if on_cpu:
         widest = max(query.shape[-1], width)
-        query, key, value = (_pad(x, widest) for x in (query, key, value))
+        query, key, value = (padded(x, widest) for x in (query, key, value))
     order = DECODE_ORDER if query.shape[2] == 1 else PROMPT_ORDER
     with sdpa_kernel(order, set_priority=True) if query.is_cuda else contextlib.nullcontext():
         output, _ = sdpa_attention_forward(
@@ -160,10 +161,6 @@ def _same_groups(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         for x in (key, value)
     )
     return key, value
-
-
-def _pad(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
 for _device in KERNEL_DEVICES:

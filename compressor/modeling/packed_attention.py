@@ -1,8 +1,9 @@
 """Attention over packed latents on any device: a span of tokens after another, in plain torch.
 
 A softmax that is corrected from span to span joins them, and latents are unpacked a few at a time
-(:mod:`packed_products`), so nothing of the size of the cache is ever made. Shapes as in
-:mod:`attention`. A kernel for a device plugs in by :func:`use_kernel`.
+(:mod:`packed_products`), so nothing of the size of the cache is ever made. Only a prompt's own
+tokens are unpacked at once, :mod:`packed_prompt`. Shapes as in :mod:`attention`. A kernel for a
+device plugs in by :func:`use_kernel`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from .packed_latents import PackedLatents, StoredPart
 from .packed_products import scores, weighted_sum
+from .packed_prompt import attend_prompt, is_prompt
 
 QUERIES = 512  # of a prompt, attended together
 SCORES = 2**22  # at a time
@@ -64,7 +66,8 @@ def packed_attention(
     kernel = _kernels.get(query.device.type)
     found = kernel(query, key, value, attention_mask, scaling) if kernel else None
     if found is None:
-        found = _in_blocks(query, key, value, attention_mask, scaling)
+        attend = attend_prompt if is_prompt(query, key) else _in_blocks
+        found = attend(query, key, value, attention_mask, scaling)
     return found.transpose(1, 2).contiguous(), None
 
 

@@ -107,7 +107,7 @@ class StoredPart:
         first, last = self.ageing.sinks, max(self.ageing.sinks, self.packed_stop)
         segments = (
             (0, first, self.of_exact),
-            (first, last, self._unpacked),
+            (first, last, self.unpacked),
             (last, stop, self.of_exact),
         )
         pieces = [
@@ -117,7 +117,8 @@ class StoredPart:
         ]
         return torch.cat(pieces, dim=2)
 
-    def _unpacked(self, start: int, stop: int) -> Tensor:
+    def unpacked(self, start: int, stop: int) -> Tensor:
+        """Return packed tokens as numbers of the model's dtype, [b, g, stop - start, width]."""
         quantizer, packed, before, _ = self.of_packed(start, stop)
         found = quantizer.dequantize(packed, self.width).to(self.exact.dtype)
         return found[:, :, before : before + stop - start]

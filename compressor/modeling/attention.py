@@ -6,12 +6,13 @@ number divides the other.
 
 A prefill runs through torch's scaled dot product attention. On CPU its fast kernel wants equal
 widths, so the narrower side is padded with zeros for the call (the cache never holds them). cuDNN
-comes first for a prompt on CUDA and last for one query: it plans anew for every length of a cache,
-which takes it tens of milliseconds. One query against a CPU cache is two plain matrix products,
-which read the cache once and are faster than any kernel torch has there for unequal widths; in half
-precision that kernel is faster where it takes the latents as they are. Latents in few bits are
-attended where they are packed, by :mod:`packed_attention`. Where there is Triton one query on CUDA
-is left to :mod:`triton_decode`, and where there is numba one query on a CPU to :mod:`numba_decode`.
+comes first for a prompt on CUDA, and last for one query but in a compiled model: it plans anew for
+every length of a cache, which takes it tens of milliseconds. One query against a CPU cache is two
+plain matrix products, which read the cache once and are faster than any kernel torch has there for
+unequal widths; in half precision that kernel is faster where it takes the latents as they are.
+Latents in few bits are attended where they are packed, by :mod:`packed_attention`. Where there is
+Triton one query on CUDA is left to :mod:`triton_decode`, and where there is numba one query on a
+CPU to :mod:`numba_decode`.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from .thin_products import dots, sums
 NAME = "vdcompress"
 WORTH_BYTES = 2**23  # of latents in 16 bits from which on a kernel's time outweighs its launch
 KERNEL_DEVICES = ("cuda", "cpu")
-PROMPT_ORDER = [
+FIXED_ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-DECODE_ORDER = [*PROMPT_ORDER[1:-1], PROMPT_ORDER[0], PROMPT_ORDER[-1]]
+DECODE_ORDER = [*FIXED_ORDER[1:-1], FIXED_ORDER[0], FIXED_ORDER[-1]]
 
 
 def matmul_attention(  # noqa: PLR0917
@@ -120,7 +121,8 @@ def latent_attention(  # noqa: PLR0917
     if on_cpu:
         widest = max(query.shape[-1], width)
         query, key, value = (padded(x, widest) for x in (query, key, value))
-    order = DECODE_ORDER if query.shape[2] == 1 else PROMPT_ORDER
+    grows = query.shape[2] == 1 and not torch.compiler.is_compiling()
+    order = DECODE_ORDER if grows else FIXED_ORDER
     with sdpa_kernel(order, set_priority=True) if query.is_cuda else contextlib.nullcontext():
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -143,9 +145,16 @@ def _decoded(
         return None
     if isinstance(key, PackedLatents):
         return attend_packed(query, key, value, mask, scaling)
-    if query.is_cuda and 2 * (key.numel() + value.numel()) < WORTH_BYTES:
+    if query.is_cuda and not _is_worth_launching(key, value):
         return None
     return attend_exact(query, key, value, mask, scaling)
+
+
+def _is_worth_launching(key: Tensor, value: Tensor) -> bool:
+    """Whether a kernel's launch costs less than it saves; in a graph it costs nothing."""
+    if torch.cuda.is_current_stream_capturing():
+        return True
+    return 2 * (key.numel() + value.numel()) >= WORTH_BYTES
 
 
 def _alike_in_half(query: Tensor, key: Tensor, value: Tensor) -> bool:

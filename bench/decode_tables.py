@@ -85,9 +85,53 @@ def cpu_models() -> Table:
     return Table("", (*header, *(f"by the {kind} cache" for kind in BASES)), rows, words=4)
 
 
+def models_steps(card: str) -> Table:
+    """Show the speed of a model's steps on CUDA, as plain calls and from graphs."""
+    rows = tuple(
+        (
+            row["model"],
+            f"{row['batch']} x {row['context']:,}",
+            row["cache"],
+            f"{row['cache_bytes'] / 1e6:,.0f}",
+            f"{row['plain']:,.0f}",
+            f"{row['graph']:,.0f}",
+            *(f"{row['graph_faster_than'][kind]:.2f}" for kind in BASES),
+        )
+        for row in results(f"decode-models-cuda-{card}")["steps"]
+    )
+    header = ("model", "batch x tokens", "cache", "MB", "plain, tokens/s", "graph, tokens/s")
+    return Table("", (*header, *(f"by base, {kind}" for kind in BASES)), rows, words=3)
+
+
+def models_generate(card: str) -> Table:
+    """Show the time of ``generate()`` on CUDA, to the first token and for each one after it."""
+    rows = tuple(
+        (
+            f"{row['batch']} x {row['prompt']:,}",
+            row["cache"],
+            "yes, static cache" if row["compiled"] else "no",
+            f"{1e3 * row['first_token']:.1f}",
+            f"{1e3 * row['step']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+        )
+        for row in results(f"decode-models-cuda-{card}")["generate"]
+    )
+    header = (
+        "batch x prompt",
+        "cache",
+        "compiled",
+        "first token, ms",
+        "each other, ms",
+        "tokens/s",
+    )
+    return Table("", header, rows, words=3)
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "decode-cuda-h100": lambda: cuda("h100"),
     "decode-cuda-h200": lambda: cuda("h200"),
+    "decode-models-steps": lambda: models_steps("h100"),
+    "decode-models-generate": lambda: models_generate("h100"),
     "decode-cpu-attention": cpu_attention,
     "decode-cpu-models": cpu_models,
 }

@@ -41,8 +41,9 @@ from decode_timing import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from vdcompress.modeling.decode_sections import table_settings
 from vdcompress.modeling.decode_spans import Span
-from vdcompress.modeling.triton_decode import decode, table_settings
+from vdcompress.modeling.triton_decode import decode
 
 TOLERANCE = 8e-3
 CHECKED = (3, 1184)  # sequences and tokens

@@ -13,8 +13,8 @@ import torch
 from decode_cases import Case, nbytes
 from decode_timing import compile_ahead, drawn_caches, timed
 
+from vdcompress.modeling.decode_sections import table_settings
 from vdcompress.modeling.decode_settings import Settings
-from vdcompress.modeling.triton_decode import table_settings
 
 CUTS = ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4))  # rows and warps
 STAGES, PROGRAMS, REGISTERS = (2, 3, 4, 5), (2, 3, 4, 5, 6, 8, 10, 12, 16), (None, 168, 128)

@@ -28,6 +28,12 @@ from decode_reference import (  # noqa: E402
 from naive_packed import LAYERS, naive_attention  # noqa: E402
 from vdcompress.modeling import triton_decode  # noqa: E402
 from vdcompress.modeling.attention import _decoded  # noqa: E402
+from vdcompress.modeling.decode_sections import (  # noqa: E402
+    Query,
+    form_of,
+    sections_for,
+    table_settings,
+)
 from vdcompress.modeling.decode_settings import BY_CHANNEL, Settings  # noqa: E402
 from vdcompress.modeling.decode_spans import PartTokens, Span  # noqa: E402
 from vdcompress.modeling.packed_cache import PackedLayer  # noqa: E402
@@ -93,16 +99,17 @@ def test_scales_that_begin_anywhere_in_a_word() -> None:
 def test_keys_by_channel_have_their_own_cut() -> None:
     for form, own in (("per_channel", True), ("per_token", False)):
         _, spans = case([(1, 64, form, 4)], (1, 64, "per_token", 4), 64, 8, torch.float16)
-        assert (triton_decode.table_settings(spans, 8) == BY_CHANNEL) is own
+        assert (table_settings(spans, 8) == BY_CHANNEL) is own
 
 
 @pytest.mark.parametrize(("programs", "own"), [(2, False), (9, True)])
 def test_short_spans_have_programs_where_there_are_many(programs: int, own: bool) -> None:
     part, spans = (1, 40, "exact", 16), []
-    for start, stop in ((0, 4), (4, 3004), (3004, 3104)):
+    for start, stop in ((0, 4), (4, 9004), (9004, 9104)):
         _, found = case([part], part, stop - start, 1, torch.float16)
         spans.append(found[0]._replace(start=start))
-    tiles = [triton_decode._section(span, 640, 16, 1, 1, 40, 40) for span in spans]
+    forms = tuple(map(form_of, spans))
+    tiles, _ = sections_for(forms, Query(1, 1, 40, 40), Settings())
     settings = Settings(programs=programs)
     counts, most, slots = triton_decode._counts(
         spans,

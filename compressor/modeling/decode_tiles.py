@@ -10,7 +10,8 @@ number that is not normalised: the code times ``2 ** (position - 24)``, without 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, SCHEMES
@@ -175,6 +176,14 @@ class Section:
     rows: int
     query_width: int
     query_stride: int
+
+    def __hash__(self) -> int:
+        """Return what Triton asks for at each launch, to find its kernel: found once."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def columns(self) -> int:

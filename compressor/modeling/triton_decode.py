@@ -15,13 +15,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .decode_cutting import tile, tokens_per_row
 from .decode_kernels import attend, join
-from .decode_settings import BY_CHANNEL, LEAST_BLOCKS, Settings, settings_for
+from .decode_sections import Query, form_of, sections_for
+from .decode_settings import LEAST_BLOCKS, Settings
 from .decode_spans import PartTokens, Span, exact, spans_of
-from .decode_tiles import EXACT, Section, Tile, power_of_two
+from .decode_tiles import Section, power_of_two
 from .packed_latents import PackedLatents
-from .schemes import GROUP_TOKENS, PER_CHANNEL
 
 INTERPRETED = type(attend).__name__ == "InterpretedFunction"
 HALVES = (torch.float16, torch.bfloat16)
@@ -85,11 +84,9 @@ def decode(
     b, h, _, k = query.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     groups = min(part.codes.shape[1] for part in spans[0].parts)
-    settings = settings or table_settings(spans, h // groups)
-    shape = (h // groups, groups, k, query.stride(1))
-    main = _most_packed(spans)
-    most = tokens_per_row_of(main, h // groups) * bytes_per_token(main)
-    sections = tuple(_section(span, most, settings.rows, *shape) for span in spans)
+    sections, settings = sections_for(
+        tuple(map(form_of, spans)), Query(h // groups, groups, k, query.stride(1)), settings
+    )
     counts, programs, slots = _counts(spans, sections, b * groups, settings, query.device)
     width = sections[0].values.width
     left = torch.empty(b * h * slots * (width + 2), dtype=torch.float32, device=query.device)
@@ -128,78 +125,6 @@ def decode(
             out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS
         )
     return output
-
-
-def table_settings(spans: Sequence[Span], heads: int) -> Settings:
-    """Return the table's settings for spans of latents that so many heads share."""
-    main = _most_packed(spans)
-    if _by_channel(main):
-        return BY_CHANNEL
-    bits = tuple(part.bits for part in main.parts)
-    return settings_for(bits, tokens_per_row_of(main, heads))
-
-
-def _most_packed(spans: Sequence[Span]) -> Span:
-    return max(spans, key=lambda span: sum(part.form != EXACT for part in span.parts))
-
-
-def _by_channel(span: Span) -> bool:
-    return any(part.form == PER_CHANNEL.name for part in span.parts)
-
-
-def tokens_per_row_of(span: Span, heads: int) -> int:
-    """Return how many latents a row of a span has."""
-    if _by_channel(span):
-        return 1
-    packed = any(part.form != EXACT for part in span.parts)
-    return tokens_per_row(heads, max(part.width for part in span.parts), packed=packed)
-
-
-def bytes_per_token(span: Span) -> int:
-    """Return the bytes of a token's numbers or codes, of one latent of each part."""
-    return sum(part.codes.shape[3] * part.codes.element_size() for part in span.parts)
-
-
-def _section(  # noqa: PLR0917
-    span: Span, most: int, rows: int, heads: int, groups: int, width: int, stride: int
-) -> Section:
-    """Return how a span is read: rows of at most so many bytes, but for those of one token."""
-    tokens = tokens_per_row_of(span, heads)
-    while tokens > 1 and tokens * bytes_per_token(span) > most:
-        tokens //= 2
-    tiles: list[Tile] = []
-    for part in span.parts:
-        first = sum(tile.width for tile in tiles)
-        tiles.append(_tile(part, tokens, span.tokens, groups, first))
-    rows = GROUP_TOKENS if _by_channel(span) else rows
-    return Section(tuple(tiles[:-1]), tiles[-1], heads, tokens, rows, width, stride)
-
-
-def _tile(part: PartTokens, tokens: int, wanted: int, groups: int, first: int) -> Tile:
-    packed = part.form != EXACT
-    return tile(
-        part.form,
-        part.bits,
-        part.width,
-        tokens=tokens,
-        latents=part.codes.shape[1] // groups,
-        first=first,
-        whole=packed and not part.moved and _rows_have_room(part, -(-wanted // tokens) * tokens),
-        moved=part.moved,
-    )
-
-
-def _rows_have_room(part: PartTokens, tokens: int) -> bool:
-    """Whether there is memory for so many tokens of a part, wanted or not."""
-    by_token = () if part.form == PER_CHANNEL.name else (part.scale, part.zero)
-    return all(x is None or _has_room(x, tokens) for x in (part.codes, *by_token))
-
-
-def _has_room(x: Tensor, tokens: int) -> bool:
-    """Whether there is memory for so many tokens [b, g, tokens, n], wanted or not."""
-    before = (x.shape[0] - 1) * x.stride(0) + (x.shape[1] - 1) * x.stride(1)
-    room = x.untyped_storage().nbytes() // x.element_size()
-    return x.storage_offset() + before + tokens * x.shape[3] <= room
 
 
 def _counts(

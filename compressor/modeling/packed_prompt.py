@@ -126,8 +126,7 @@ def _added(forms: list[_Form], mask: Tensor | None, query: Tensor) -> Tensor:
 
     It is finite, so that a query that sees nothing, such as a padding's, stays a number.
     """
-    device, lowest = query.device, torch.finfo(query.dtype).min
-    tokens = [torch.arange(form.low, form.high, device=device) for form in forms]
+    tokens = [torch.arange(form.low, form.high, device=query.device) for form in forms]
     seen = torch.cat(
         [
             (own >= form.starts[:, None]) & (own < form.stops[:, None])
@@ -135,12 +134,12 @@ def _added(forms: list[_Form], mask: Tensor | None, query: Tensor) -> Tensor:
         ],
         dim=-1,
     )
-    added: Tensor | float = 0.0
+    added = query.new_zeros(())
     if mask is not None:
         own = mask[..., torch.cat(tokens)]
-        seen, added = (seen & own, 0.0) if own.dtype == torch.bool else (seen, own.to(query.dtype))
-    found = torch.where(seen, added, lowest)
-    return found.to(query.dtype).view((1,) * (4 - found.dim()) + found.shape)
+        seen, added = (seen & own, added) if own.dtype == torch.bool else (seen, own.to(query))
+    found = torch.where(seen, added, query.new_full((), torch.finfo(query.dtype).min))
+    return found.view((1,) * (4 - found.dim()) + found.shape)
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, added: Tensor, scaling: float) -> Tensor:

@@ -12,9 +12,10 @@ All jitted functions are in this file because numba's cache looks at one file on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from .numba_compiled import compiled
 
 try:
     import numba
@@ -55,19 +56,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         numba.set_num_threads(before)
-
-
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function with numba, once for this machine where a folder can keep it."""
-    options |= {"nogil": True, "error_model": "numpy"}
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder that it may write to
-            return numba.njit(**options)(function)
-
-    return decorate
 
 
 @compiled(fastmath=FAST)

@@ -11,6 +11,8 @@ from .quantizer import Packed, Quantizer
 from .room import BLOCK, Room
 from .schemes import packed_width
 
+WORTH = 2**18  # numbers on a CPU from which on its kernel is worth loading, or compiling
+
 
 class PackedRooms:
     """Codes, scales and zero points, each in a :class:`Room`.
@@ -51,7 +53,7 @@ class PackedRooms:
             self.scale.extend(scales, torch.float16, device),
             self.zero.extend(scales, torch.uint8, device) if scheme.zero_bytes else None,
         )
-        if not _packed_by_kernel(self.quantizer, new, into):
+        if not _packed_by_kernel(self.quantizer, new, into, self.codes.length):
             for room, tensor in zip(into, self.quantizer.quantize(new), strict=True):
                 if room is not None:
                     room[:] = tensor
@@ -76,12 +78,23 @@ class PackedRooms:
         return sum(room.nbytes_allocated() for room in self.rooms)
 
 
-def _packed_by_kernel(quantizer: Quantizer, new: Tensor, into: Packed) -> bool:
-    """Let the device's kernel pack tokens; say whether there is one that can."""
-    if not new.is_cuda:
-        return False
+def _packed_by_kernel(quantizer: Quantizer, new: Tensor, into: Packed, stored: int) -> bool:
+    """Let the device's kernel pack tokens; say whether there is one that can, and is worth it.
+
+    Args:
+        quantizer: of the tokens.
+        new: [b, g, new, width].
+        into: where they are written.
+        stored: tokens of each latent, the new ones among them.
+    """
+    b, g, _, width = new.shape
     try:
-        from .triton_quantize import can_quantize, quantize_into
+        if new.is_cuda:
+            from .triton_quantize import can_quantize, quantize_into
+        elif new.device.type == "cpu" and b * g * stored * width >= WORTH:
+            from .numba_quantize import can_quantize, quantize_into
+        else:
+            return False
     except ImportError:
         return False
     if not can_quantize(quantizer):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vdcompress.cache_kinds import CacheKind, stored_nbytes
-from vdcompress.modeling.latent import CACHE_NAMES
+from vdcompress.modeling.latent_model import CACHE_NAMES
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.peak_memory import PeakMemory
 

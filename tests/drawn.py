@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vdcompress.latents.keys import KeyMetric, KeyProblem
 from vdcompress.latents.values import ValueProblem
-from vdcompress.modeling.latent import rotate
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.rope import rotate
 from vdcompress.plan import ModelShape
 from vdcompress.statistics import LayerStatistics, Moments, MomentSum
 

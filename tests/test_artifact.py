@@ -74,7 +74,8 @@ def test_an_artefact_is_written_again_as_it_was(folder: Path, tmp_path: Path) ->
 
 def test_the_files_of_the_design(base: Base, compressed: Compressed, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
-    code = {f"{base.config.model_type}.py", "attention.py", "cache.py", "latent.py", "layout.py"}
+    code = {f"{base.config.model_type}.py", "attention.py", "cache.py", "layout.py"}
+    code |= {"latent_attention.py", "latent_config.py", "latent_model.py", "rope.py"}
     texts = {"vdcompress.json", "recipe.yaml", "results.json", "README.md"}
     assert code | texts | {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert "generation_config.json" in names

@@ -191,7 +191,7 @@ files = sorted(path.name for path in Path("exported").glob("*.py"))
 print(json.dumps([files, shipped(), vdcompress.__file__]))
 """
     exported, shipped, where = json.loads(run("-c", code).splitlines()[-1])
-    assert {"mistral.py", "llama.py", "latent.py"} <= set(exported)
+    assert {"mistral.py", "llama.py", "latent_model.py"} <= set(exported)
     assert set(names("recipes")) <= set(shipped)
     assert Path(where).parent == package
 

@@ -82,7 +82,7 @@ def test_code_that_needs_vdcompress_is_refused(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def needs(folder: Path) -> None:
-        path = folder / "latent.py"
+        path = folder / "latent_model.py"
         path.write_text(path.read_text() + "\nimport vdcompress.plan\n")
 
     tamper(monkeypatch, needs)
@@ -95,7 +95,7 @@ def test_code_that_needs_vdcompress_is_refused(
 @pytest.mark.parametrize(
     ("name", "old", "new", "says"),
     [
-        ("latent.py", "first * cos - second * sin", "first * cos + second * sin", "other logits"),
+        ("rope.py", "first * cos - second * sin", "first * cos + second * sin", "other logits"),
         ("cache.py", "x.numel() * x.element_size()", "2 * x.numel()", r"bytes for \d+ tokens"),
         ("attention.py", "import contextlib", "import contextlib, (", "does not load"),
     ],

@@ -15,7 +15,7 @@ from vdcompress.artifact import Compressed, load_artifact
 from vdcompress.evaluate import evaluate
 from vdcompress.export import export
 from vdcompress.load import Base
-from vdcompress.modeling import latent
+from vdcompress.modeling import latent_model
 from vdcompress.modeling.cache import LatentCache
 from vdcompress.modeling.packed_cache import PackedLayer, cache_for
 from vdcompress.modeling.packed_latents import PackedLatents
@@ -311,7 +311,7 @@ def test_generate_says_which_caches_round_nothing(
     model: Any, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(latent.logger, "warning", said.append)
+    monkeypatch.setattr(latent_model.logger, "warning", said.append)
     generate(model, prompt)
     generate(model, prompt, past_key_values=cache_for(model.config))
     assert said == []

@@ -10,8 +10,8 @@ from drawn import Keys, make_keys, moments, turned
 from vdcompress.latents import rotary
 from vdcompress.latents.keys import KeyMetric
 from vdcompress.latents.rotary import Pairs
-from vdcompress.modeling.latent import rotate
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
+from vdcompress.modeling.rope import of_frequencies, rotate
 from vdcompress.plan import ModelShape
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
@@ -90,6 +90,20 @@ def test_mixing_commutes_with_the_models_own_rope(position: int) -> None:
     first = rotate(mixed(x, own).transpose(0, 1)[None].float(), cos[..., kept], sin[..., kept])
     second = mixed(rotate(x.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1), own)
     assert (first[0].transpose(0, 1) - second).norm() <= 1e-6 * second.norm()
+
+
+@pytest.mark.parametrize("kept", [(), (2,), (0, 0, 3), (0, 1, 2, 3)])
+def test_cos_and_sin_of_kept_frequencies(kept: tuple[int, ...]) -> None:
+    cos, sin = torch.rand(2, 5, 4), torch.rand(2, 5, 4)
+    with torch.inference_mode():  # what is kept for later must not be for inference alone
+        of_frequencies(cos, sin, kept)
+    sin.requires_grad_()
+    found = of_frequencies(cos, sin, kept)
+    for own, whole in zip(found, (cos, sin), strict=True):
+        assert torch.equal(
+            own, torch.stack([whole[..., i] for i in kept], -1) if kept else whole[..., :0]
+        )
+    found[1].sum().backward()
 
 
 @GROUPED

@@ -19,9 +19,9 @@ from vdcompress.latents.lowrank import block_diagonal
 from vdcompress.latents.rotation import Basis, hadamard, rotates, rotation, turn_keys, turn_values
 from vdcompress.latents.rounding_basis import key_basis, value_basis
 from vdcompress.latents.values import fold, keep_centred, map_per_head
-from vdcompress.modeling.latent import rotate
 from vdcompress.modeling.layout import LayerLayout, NopePart, Part, RotaryPart
 from vdcompress.modeling.quantizers import quantizer
+from vdcompress.modeling.rope import rotate
 from vdcompress.plan import ModelShape
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}

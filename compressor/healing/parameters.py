@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vdcompress.errors import UsageError
 from vdcompress.healing.settings import HealSettings, Train
-from vdcompress.modeling.latent import LatentAttention
+from vdcompress.modeling.latent_attention import LatentAttention
 
 Group = Literal["latents", "attention", "body", "embeddings"]
 GROUPS: tuple[Group, ...] = get_args(Group)

@@ -10,7 +10,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXPreTrainedModel
 
 from .attention import matmul_attention
-from .latent import LatentAttention, LatentConfig, LatentModel, LatentRotaryEmbedding
+from .latent_attention import LatentAttention
+from .latent_config import LatentConfig
+from .latent_model import LatentModel
+from .rope import LatentRotaryEmbedding
 
 
 class VDGPTNeoXConfig(LatentConfig, GPTNeoXConfig):

@@ -37,10 +37,11 @@ class PeakMemory:
             self.before = _status("VmRSS")
 
     def restart(self) -> None:
-        """Forget the peak so far; what is held now stays part of it."""
+        """Forget the peak so far; what is held now stays part of it, what was freed does not."""
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        give_back()
         try:
             CLEAR.write_text(RESET_PEAK)
         except OSError:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from naive_packed import LAYERS, naive_attention
-from vdcompress.modeling import packed_attention
+from vdcompress.modeling import packed_attention, packed_prompt
 from vdcompress.modeling.attention import latent_attention, matmul_attention
 from vdcompress.modeling.layout import LayerLayout
 from vdcompress.modeling.packed_cache import PackedLayer
@@ -94,6 +94,25 @@ def test_masks(name: str, additive: bool, chunk: int) -> None:
     seen = mask.any(-1)[:, None, :, None].expand(expected.shape)
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found.double()[seen], expected[seen], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wide_mask_is_finite_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Not every kernel of torch makes a number of a query that sees nothing."""
+    layout, mask = LAYERS["V exact"], padded_mask(64)
+    given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    added: list[Tensor] = []
+
+    def attended(query: Tensor, _key: Tensor, value: Tensor, own: Tensor, _scaling: float) -> Any:
+        added.append(own)
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
+
+    monkeypatch.setattr(packed_prompt, "_attended", attended)
+    through_cache(PackedLayer(layout, 4, 10), drawn(layout, tokens=64, dtype=dtype), 64, given)
+    assert all(own.isfinite().all() and own.dtype == dtype for own in added)
+    assert added
 
 
 @every_layer

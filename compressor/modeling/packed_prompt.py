@@ -134,11 +134,14 @@ def _added(forms: list[_Form], mask: Tensor | None, query: Tensor) -> Tensor:
         ],
         dim=-1,
     )
-    added = query.new_zeros(())
+    added, lowest = query.new_zeros(()), torch.finfo(query.dtype).min
     if mask is not None:
         own = mask[..., torch.cat(tokens)]
-        seen, added = (seen & own, added) if own.dtype == torch.bool else (seen, own.to(query))
-    found = torch.where(seen, added, query.new_full((), torch.finfo(query.dtype).min))
+        if own.dtype == torch.bool:
+            seen = seen & own
+        else:
+            added = own.clamp_min(lowest).to(query)
+    found = torch.where(seen, added, query.new_full((), lowest))
     return found.view((1,) * (4 - found.dim()) + found.shape)
 
 

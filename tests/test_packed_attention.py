@@ -96,6 +96,16 @@ def test_masks(name: str, additive: bool, chunk: int) -> None:
     torch.testing.assert_close(found.double()[seen], expected[seen], atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 31, 64])
+def test_minus_infinity_in_a_mask_hides_tokens(chunk: int) -> None:
+    layout, mask = LAYERS["V exact"], padded_mask(64)
+    sides = drawn(layout, tokens=64)
+    given = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    found = through_cache(PackedLayer(layout, 4, 10), sides, chunk, given)
+    expected = through_cache(PackedLayer(layout, 4, 10), sides, chunk, mask)
+    torch.testing.assert_close(found[:, :, 9:], expected[:, :, 9:], atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_wide_mask_is_finite_in_half_precision(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype

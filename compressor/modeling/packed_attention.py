@@ -169,7 +169,7 @@ class _Queries:
             block = mask[..., rows, start:stop] if mask.shape[-2] > 1 else mask[..., start:stop]
             if block.dtype == torch.bool:
                 return found.masked_fill_(~block, LOWEST)
-            return found.add_(block)
+            return found.add_(block).clamp_min_(LOWEST)
         if stop <= int(self._last - found.shape[2] + 1):
             return found
         tokens = torch.arange(start, stop, device=found.device)

@@ -33,7 +33,7 @@ from vdcompress.speed_rounds import Outcome, median_speed, ratios, rounds
 
 DTYPE = torch.bfloat16
 STOCK = (DYNAMIC, STATIC)
-BASE, COMPRESSED = "base", "compressed"
+BASE = "base"
 NEW_TOKENS, REPLAYS, ROUNDS = 16, 64, 3
 GENERATED, TIMES = 65, 2
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from naive_packed import LAYERS, naive_attention
+from naive_packed import LAYERS, layer, naive_attention
 from vdcompress.modeling import packed_attention, packed_prompt
 from vdcompress.modeling.attention import latent_attention, matmul_attention
-from vdcompress.modeling.layout import LayerLayout
+from vdcompress.modeling.layout import LayerLayout, Part
 from vdcompress.modeling.packed_cache import PackedLayer
 from vdcompress.modeling.packed_latents import PackedLatents
 from vdcompress.modeling.packed_prompt import is_prompt
@@ -94,6 +94,14 @@ def test_masks(name: str, additive: bool, chunk: int) -> None:
     seen = mask.any(-1)[:, None, :, None].expand(expected.shape)
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found.double()[seen], expected[seen], atol=2e-5, rtol=2e-5)
+
+
+def test_a_prompt_with_the_largest_number_of_half_precision() -> None:
+    layout = layer(Part(1, 8, 8, "per_token"), (1, 8, 8, "per_token"), None)
+    sides = drawn(layout, tokens=64, batch=1, dtype=torch.float16)
+    sides[2][:, :, 3, 0] = torch.finfo(torch.float16).max
+    found = through_cache(PackedLayer(layout), sides, 64)
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("chunk", [1, 31, 64])

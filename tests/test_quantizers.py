@@ -16,6 +16,7 @@ from vdcompress.modeling.schemes import SCHEMES
 
 KNOWN = [(name, bits) for name, scheme in SCHEMES.items() for bits in scheme.bits]
 WIDTHS = (16, 40, 64, 72, 192)
+TOP = torch.finfo(torch.float16).max
 every_quantizer = pytest.mark.parametrize(("name", "bits"), KNOWN)
 every_width = pytest.mark.parametrize("width", WIDTHS)
 
@@ -154,3 +155,13 @@ def test_the_shrunk_range_is_the_best_for_normal_numbers(
 def test_unknown_ones_are_refused(name: str, bits: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         quantizer(name, bits)
+
+
+@every_quantizer
+def test_the_top_of_half_precision_stays_a_number(name: str, bits: int) -> None:
+    """65504 and what is below it by 255 equal steps are read back as up to 65535."""
+    x = torch.zeros(32, 64, dtype=torch.float16)
+    x[:, 0], x[:, 1] = TOP, -1
+    found = quantizer(name, bits).read_back(x)
+    assert found.isfinite().all()
+    assert found.dtype == torch.float16

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 from .quantizer_normal import CUBICS
-from .schemes import NORMAL, PER_CHANNEL, SCHEMES
+from .schemes import NORMAL, PER_CHANNEL, SCHEMES, zero_unit
 
 EXACT = "exact"
 TWICE = 0x10001  # 16 bits in both halves of 32
@@ -151,7 +151,7 @@ class Tile:
     @property
     def zero_unit(self) -> float:
         """What a zero point's byte counts, in codes."""
-        return 2.0**self.bits / 256
+        return zero_unit(self.bits)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,9 @@ from torch import Tensor
 
 from .numba_quantize_kernels import quantize
 from .quantizer import Packed, Quantizer
-from .quantizer_affine import SHRINK
-from .quantizers import quantizer as quantizer_of
-from .schemes import NORMAL, codes_per_word
-
-
-def can_quantize(quantizer: Quantizer) -> bool:
-    """Whether :func:`quantize_into` knows a quantiser: one whose scales belong to one token."""
-    return quantizer.scheme.token_block == 1
+from .quantizer_affine import range_scale
+from .quantizer_normal import NormalQuantizer
+from .schemes import NORMAL, codes_per_word, zero_unit
 
 
 def quantize_into(quantizer: Quantizer, x: Tensor, into: Packed) -> None:
@@ -42,7 +37,8 @@ def quantize_into(quantizer: Quantizer, x: Tensor, into: Packed) -> None:
         into.codes.numpy() if into.zero is None else into.zero.numpy(),
         bits,
         runs,
-        np.float32(SHRINK[bits] / quantizer.top),
+        np.float32(range_scale(bits)),
+        np.float32(zero_unit(bits)),
         limits,
         levels,
         np.empty(-(-x.shape[3] // runs) * runs, np.uint8),
@@ -56,5 +52,5 @@ def _levels(scheme: str, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the levels of normal numbers and the limits between them, none for others."""
     if scheme != NORMAL.name:
         return np.empty(0, np.float32), np.empty(0, np.float32)
-    levels = quantizer_of(scheme, bits).levels(torch.arange(2.0**bits))
-    return levels.numpy(), ((levels[1:] + levels[:-1]) / 2).numpy()
+    levels, limits = NormalQuantizer(NORMAL, bits).levels_and_limits()
+    return levels.numpy(), limits.numpy()

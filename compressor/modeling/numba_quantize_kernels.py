@@ -85,10 +85,10 @@ def _pack(codes, word_bits, runs, out):
 
 @compiled(
     "void(float32[:, :, :, :], uint8[:, :, :, :], uint16[:, :, :, :], uint8[:, :, :, :], int64,"
-    "int64, float32, float32[::1], float32[::1], uint8[::1], float32[::1], uint32[::1])"
+    "int64, float32, float32, float32[::1], float32[::1], uint8[::1], float32[::1], uint32[::1])"
 )
 def quantize(
-    x, packed, scales, zeros, bits, runs, shrink, limits, levels, codes, whole, whole_bits
+    x, packed, scales, zeros, bits, runs, shrink, unit, limits, levels, codes, whole, whole_bits
 ):
     """Pack latents.
 
@@ -100,6 +100,7 @@ def quantize(
         bits: of a code.
         runs: codes of a word.
         shrink: by what the range of numbers becomes a scale.
+        unit: what a zero point's byte counts, in codes.
         limits: between the levels of normal numbers; empty for others.
         levels: of normal numbers.
         codes: room for those of a latent, a multiple of ``runs``.
@@ -108,7 +109,6 @@ def quantize(
     """
     width, blocks = x.shape[3], scales.shape[3]
     dims, top = width // blocks, F(2**bits - 1)
-    unit = F(2.0**bits / 256)
     codes[:] = 0
     for b in range(x.shape[0]):
         for g in range(x.shape[1]):

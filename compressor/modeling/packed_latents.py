@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantizer import Packed, Quantizer
+from .quantizer import Packed, Quantizer, in_dtype
 from .schemes import packed_tokens
 
 UNREADABLE = (
@@ -120,7 +120,7 @@ class StoredPart:
     def unpacked(self, start: int, stop: int) -> Tensor:
         """Return packed tokens as numbers of the model's dtype, [b, g, stop - start, width]."""
         quantizer, packed, before, _ = self.of_packed(start, stop)
-        found = quantizer.dequantize(packed, self.width).to(self.exact.dtype)
+        found = in_dtype(quantizer.dequantize(packed, self.width), self.exact.dtype)
         return found[:, :, before : before + stop - start]
 
 

@@ -43,14 +43,25 @@ class _Form:
     stops: Tensor
     old: frozenset[int]
 
-    def read(self, latents: PackedLatents, heads: int) -> Tensor:
-        """Return the tokens, a copy for each head [b, h, high - low, width]."""
-        found = torch.cat([self._of(part) for part in latents.parts], dim=-1)
+    def read(self, parts: list[_Part], heads: int) -> Tensor:
+        """Return the tokens of a side, a copy for each head [b, h, high - low, width]."""
+        found = torch.cat([part.read(self) for part in parts], dim=-1)
         return found.repeat_interleave(heads // found.shape[1], dim=1)
 
-    def _of(self, part: StoredPart) -> Tensor:
-        packed = part.ageing.token_block in self.old
-        return (part.unpacked if packed else part.of_exact)(self.low, self.high)
+
+class _Part:
+    """A part and its packed tokens, which are unpacked once for all queries."""
+
+    def __init__(self, part: StoredPart) -> None:
+        self.part, self.first = part, part.ageing.sinks
+        some = part.packed_stop > self.first
+        self.unpacked = part.unpacked(self.first, part.packed_stop) if some else part.exact
+
+    def read(self, form: _Form) -> Tensor:
+        """Return the tokens of a form [b, g, high - low, width]."""
+        if self.part.ageing.token_block in form.old:
+            return self.unpacked[:, :, form.low - self.first : form.high - self.first]
+        return self.part.of_exact(form.low, form.high)
 
 
 def is_prompt(query: Tensor, key: PackedLatents) -> bool:
@@ -76,6 +87,7 @@ def attend_prompt(
         The output [b, h, t, v] in the query's dtype.
     """
     found, before = [], key.tokens - query.shape[2]
+    sides = [[_Part(part) for part in side.parts] for side in (key, value)]
     for rows in query.split(QUERIES, dim=2):
         seen = before + torch.arange(1, rows.shape[2] + 1, device=query.device)
         own = mask
@@ -85,8 +97,7 @@ def attend_prompt(
         last = before + rows.shape[2]
         forms = _forms(key, value, before + 1, last, seen)
         keys, values = (
-            torch.cat([form.read(side, query.shape[1]) for form in forms], dim=2)
-            for side in (key, value)
+            torch.cat([form.read(side, query.shape[1]) for form in forms], dim=2) for side in sides
         )
         found.append(_attended(rows, keys, values, _added(forms, own, query), scaling))
         before = last

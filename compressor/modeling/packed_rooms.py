@@ -88,16 +88,16 @@ def _packed_by_kernel(quantizer: Quantizer, new: Tensor, into: Packed, stored: i
         stored: tokens of each latent, the new ones among them.
     """
     b, g, _, width = new.shape
+    if quantizer.scheme.token_block > 1:
+        return False
     try:
         if new.is_cuda:
-            from .triton_quantize import can_quantize, quantize_into
+            from .triton_quantize import quantize_into
         elif new.device.type == "cpu" and b * g * stored * width >= WORTH:
-            from .numba_quantize import can_quantize, quantize_into
+            from .numba_quantize import quantize_into
         else:
             return False
     except ImportError:
-        return False
-    if not can_quantize(quantizer):
         return False
     quantize_into(quantizer, new, into)
     return True

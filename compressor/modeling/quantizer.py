@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .packing import pack, unpack
-from .schemes import Scheme
+from .schemes import Scheme, zero_unit
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # scales are fp16
 
@@ -42,6 +42,14 @@ class Packed(NamedTuple):
         blocks = slice(start // token_block, stop // token_block)
         zero = None if self.zero is None else self.zero[..., blocks, :]
         return Packed(self.codes[..., start:stop, :], self.scale[..., blocks, :], zero)
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers that were read back in the model's dtype.
+
+    The largest fp16 number may be read back as one beyond them, which is taken for it.
+    """
+    return (x.clamp(-LARGEST, LARGEST) if dtype == torch.float16 else x).to(dtype)
 
 
 class Quantizer(ABC):
@@ -78,7 +86,7 @@ class Quantizer(ABC):
     def read_back(self, x: Tensor) -> Tensor:
         """Return what packing and unpacking makes of latents [..., s, w], in their dtype."""
         codes, scale, zero = self._rounded(self._blocks(x.detach().float()))
-        return self._joined(self._read(codes.float(), scale, zero)).to(x.dtype)
+        return in_dtype(self._joined(self._read(codes.float(), scale, zero)), x.dtype)
 
     def straight_through(self, x: Tensor) -> Tensor:
         """Return :meth:`read_back`, whose gradient is passed on to ``x`` as it is."""
@@ -112,7 +120,7 @@ class Quantizer(ABC):
 
     def zero_levels(self, zero: Tensor) -> Tensor:
         """Return zero points in units of the scale, float32: what is taken from :meth:`levels`."""
-        return zero.float() * (2.0**self.bits / 256)
+        return zero.float() * zero_unit(self.bits)
 
     def _read(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         levels = self.levels(codes)

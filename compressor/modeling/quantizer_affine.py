@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from .quantizer import LARGEST, SMALLEST, Quantizer
+from .schemes import zero_unit
 
 # The range is shrunk by what is best for 64 normal numbers in the mean square.
 SHRINK = {8: 1.0, 4: 0.96, 3: 0.86, 2: 0.66}
+
+
+def range_scale(bits: int) -> float:
+    """Return by what the range of numbers becomes their scale."""
+    return SHRINK[bits] / (2**bits - 1)
 
 
 class AffineQuantizer(Quantizer):
@@ -21,10 +27,10 @@ class AffineQuantizer(Quantizer):
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         low = x.amin((-3, -1), keepdim=True).clamp_max(0)
         high = x.amax((-3, -1), keepdim=True).clamp_min(0)
-        scale = (high - low) * (SHRINK[self.bits] / self.top)
+        scale = (high - low) * range_scale(self.bits)
         scale = scale.clamp(SMALLEST, LARGEST).half()
         step = scale.float()
-        unit = 2.0**self.bits / 256
+        unit = zero_unit(self.bits)
         zero = ((self.top - (low + high) / step) / 2 / unit).round().clamp(0, self.top / unit)
         codes = (x / step + zero * unit).round().clamp(0, self.top)
         stored = (scale[..., 0, :, 0], zero[..., 0, :, 0].to(torch.uint8))
@@ -37,7 +43,7 @@ class AffineQuantizer(Quantizer):
     @property
     def aligned_unit(self) -> float:
         """Aligned codes count in the unit of zero points."""
-        return 2.0**self.bits / 256
+        return zero_unit(self.bits)
 
     def read_aligned(self, codes: Tensor, out: Tensor) -> None:
         """Write the codes themselves."""

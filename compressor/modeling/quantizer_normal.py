@@ -34,10 +34,14 @@ class NormalQuantizer(Quantizer):
         return self._codes(x, kept), kept[..., 0, :, 0], None
 
     def _codes(self, x: Tensor, scale: Tensor) -> Tensor:
-        levels = self.levels(torch.arange(self.top + 1, dtype=torch.float32, device=x.device))
-        between = (levels[1:] + levels[:-1]) / 2
+        _, between = self.levels_and_limits(x.device)
         ratio = (x / scale.float()).contiguous()
         return torch.bucketize(ratio, between).to(torch.uint8)
+
+    def levels_and_limits(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Return the levels of all codes, float32, and what lies halfway between two of them."""
+        levels = self.levels(torch.arange(self.top + 1, dtype=torch.float32, device=device))
+        return levels, (levels[1:] + levels[:-1]) / 2
 
     def levels(self, codes: Tensor) -> Tensor:
         """Return the levels of codes; exact to rounding in any floating point dtype."""

@@ -30,6 +30,11 @@ def word_bytes(bits: int) -> int:
     return bits // math.gcd(8, bits)
 
 
+def zero_unit(bits: int) -> float:
+    """Return what a zero point's byte counts, in codes."""
+    return 2.0**bits / 256
+
+
 def packed_width(n: int, bits: int) -> int:
     """Return the bytes of one latent's n codes."""
     return -(-n // codes_per_word(bits)) * word_bytes(bits)

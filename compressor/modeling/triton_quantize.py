@@ -15,10 +15,9 @@ from torch import Tensor
 from .decode_tiles import power_of_two
 from .quantize_kernels import quantize
 from .quantizer import LARGEST, SMALLEST, Packed, Quantizer
-from .quantizer_affine import SHRINK
-from .quantizer_normal import REFINEMENTS
-from .quantizers import quantizer as quantizer_of
-from .schemes import NORMAL, SCHEMES, codes_per_word, word_bytes
+from .quantizer_affine import range_scale
+from .quantizer_normal import REFINEMENTS, NormalQuantizer
+from .schemes import NORMAL, SCHEMES, codes_per_word, word_bytes, zero_unit
 
 NUMBERS = 512  # of a program, where there are many latents and one is not larger
 FEW_LATENTS = 4096  # each of which has a program of its own
@@ -60,12 +59,12 @@ class Form:
     @property
     def shrink(self) -> float:
         """By what the range of numbers becomes a scale."""
-        return SHRINK[self.bits] / self.top
+        return range_scale(self.bits)
 
     @property
     def zero_unit(self) -> float:
         """What a zero point's byte counts, in codes."""
-        return 2.0**self.bits / 256
+        return zero_unit(self.bits)
 
     @property
     def zero_top(self) -> float:
@@ -111,14 +110,8 @@ def form_of(scheme: str, bits: int, width: int, *, few: bool) -> Form:
         form = replace(form, rows=max(1, NUMBERS // (form.runs * form.room)))
     if not form.normal:
         return form
-    levels = quantizer_of(scheme, bits).levels(torch.arange(2.0**bits))
-    limits = (levels[1:] + levels[:-1]) / 2
+    levels, limits = NormalQuantizer(NORMAL, bits).levels_and_limits()
     return replace(form, levels=tuple(levels.tolist()), limits=tuple(limits.tolist()))
-
-
-def can_quantize(quantizer: Quantizer) -> bool:
-    """Whether :func:`quantize_into` knows a quantiser: one whose scales belong to one token."""
-    return quantizer.scheme.token_block == 1
 
 
 def quantize_into(quantizer: Quantizer, x: Tensor, into: Packed) -> None:

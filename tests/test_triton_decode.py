@@ -127,6 +127,24 @@ def test_short_spans_have_programs_where_there_are_many(programs: int, own: bool
     assert slots == sum(len(each) * tile.tokens for each, tile in zip(taken, tiles, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("codes", "scales", "whole"), [(64, 64, True), (61, 64, False), (64, 61, False)]
+)
+def test_rows_are_read_whole_where_there_is_memory(codes: int, scales: int, whole: bool) -> None:
+    parts = [
+        PartTokens(
+            torch.zeros(2, 1, codes, 20, dtype=torch.uint8)[:, :, :61],
+            torch.zeros(2, 1, scales, 1, dtype=torch.float16)[:, :, :61],
+            torch.zeros(2, 1, scales, 1, dtype=torch.uint8)[:, :, :61],
+            "per_token",
+            4,
+            40,
+        )
+        for _ in range(2)
+    ]
+    assert all(form.whole is whole for form in form_of(Span(0, 61, (parts[0],), parts[1])))
+
+
 def test_what_is_counted_looks_alike_to_triton_at_every_step() -> None:
     found = triton_decode.as_odd((0, 1, 16, 4095, 4096, 2**29))
     assert all(number % 2 and number > 1 for number in found)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .large_pages import empty
+
 BLOCK = 64
 GROWTH = 1.25
 
@@ -35,7 +37,7 @@ class Room:
         if self._room is None or self._room.shape[-2] < stop:
             wanted = int(stop * GROWTH) if start else stop
             tokens = -(-wanted // self.block) * self.block
-            larger = torch.empty(b, g, tokens, n, dtype=dtype, device=device)
+            larger = empty((b, g, tokens, n), dtype, device)
             if self._room is not None:
                 larger[:, :, :start] = self.shown
             self._room = larger

@@ -109,7 +109,7 @@ def query_tiles(
 
 
 @triton.jit
-def part_scores(
+def part_scores(  # noqa: PLR0912
     part,
     tiles,
     sums,
@@ -136,6 +136,7 @@ def part_scores(
             )
         for block in tl.static_range(static(TILE.blocks)):
             found = tl.zeros(scores_shape(SECTION), tl.float32)
+            other = tl.zeros(scores_shape(SECTION), tl.float32)
             for t in tl.static_range(length(TILE.terms)):
                 if TILE.terms[t][0] == block:
                     tile = tiles[latent * length(TILE.terms) + t]
@@ -155,8 +156,11 @@ def part_scores(
                         power = two_to(field_of(TILE, t).position)
                         found += tl.dot(field, scaled) * (top * CODE)
                         found -= tl.dot(level, scaled) * (top * power)
+                    elif t % 2:  # two sums side by side: a product waits for the one before it
+                        other = tl.dot(field, tile, other)
                     else:
                         found = tl.dot(field, tile, found)
+            found += other
             if TILE.exact:
                 total += found
             elif TILE.by_channel:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vdcompress.errors import ModelError
-from vdcompress.modeling.latent_model import CACHE_NAMES
+from vdcompress.modeling.own_cache import CACHE_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

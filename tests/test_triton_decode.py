@@ -111,13 +111,12 @@ def test_short_spans_have_programs_where_there_are_many(programs: int, own: bool
     forms = tuple(map(form_of, spans))
     tiles, _ = sections_for(forms, Query(1, 1, 40, 40), Settings())
     settings = Settings(programs=programs)
-    counts, most, slots = triton_decode._counts(
-        spans,
-        tiles,
-        triton_decode.multiprocessors(torch.device("cpu")),
-        settings,
-        torch.device("cpu"),
-    )
+    device = torch.device("cpu")
+    pairs = triton_decode.multiprocessors(device)
+    cut = triton_decode.Cut(tiles, settings, pairs, device)
+    counts, most, slots = cut.of(spans)
+    assert most <= cut.programs
+    assert slots <= cut.slots
     taken = []
     for (tokens, _, first, _, blocks, *_), tile in zip(counts, tiles, strict=True):
         needed = -(-tokens // (blocks * tile.block))

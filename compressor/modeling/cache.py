@@ -40,13 +40,25 @@ class GrowingLayer(DynamicLayer):
         require_inference(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        tokens = self.get_seq_length()
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room.crop(tokens)
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
             room.append(new)
         self._show()
         keys, values = self._shown()
         return keys, values
+
+    @property
+    def rooms(self) -> tuple[Room, Room]:
+        """Of keys and of values, with as many tokens as are shown."""
+        if not self._rooms[0].is_empty:
+            for room in self._rooms:
+                room.crop(self.get_seq_length())
+        return self._rooms
+
+    def advance(self) -> None:
+        """Take in a token that was written into the rooms behind those stored."""
+        for room in self._rooms:
+            room.length += 1
+        self._show()
 
     def _show(self) -> None:
         self.keys, self.values = (room.shown for room in self._rooms)
@@ -55,9 +67,7 @@ class GrowingLayer(DynamicLayer):
         """Apply ``change`` to both rooms and show as many tokens as before."""
         if self._rooms[0].is_empty:
             return
-        tokens = self.get_seq_length()
-        for room in self._rooms:
-            room.crop(tokens)
+        for room in self.rooms:
             room.change(change)
         self._show()
 

@@ -26,6 +26,8 @@ from .decode_scores import masked_scores, part_scores, query_range, query_tiles
 from .decode_values import LIFT, add_values, store_sums, sums_shape, value_scales, values_of
 
 CHANGING = ["slots", "factor", "mask_b"]  # from step to step: not to compile for each
+BEFORE_PARTS = 5  # numbers of a section that are counted before the first tokens of its parts
+COUNTS = tl.constexpr(BEFORE_PARTS)
 LOWEST = tl.constexpr(-1e30)  # below any score; finite, so that differences are numbers
 
 
@@ -41,12 +43,32 @@ def count(counts, index: tl.constexpr):
     return (counts[index] - 3) >> 1
 
 
+@triton.constexpr_function
+def counted_parts(section):
+    """Return how many numbers :func:`count` reads of a section."""
+    return BEFORE_PARTS + len(section.keys) + 1
+
+
+@triton.jit
+def _counts_in_memory(counts, SECTIONS: tl.constexpr):
+    """Return the counts of every section, read from the device."""
+    found = ()
+    at = counts + 1
+    for s in tl.static_range(length(SECTIONS)):
+        own = ()
+        for k in tl.static_range(counted_parts(element(SECTIONS, s))):
+            own = own + (tl.load(at + k).to(tl.int32),)
+        at += counted_parts(element(SECTIONS, s))
+        found = found + (own,)
+    return found
+
+
 @triton.jit
 def _moved(counts, k: tl.constexpr, SECTION: tl.constexpr):
     """Return the number of a part's first token that is wanted."""
     first = 0
     if part_tile(SECTION, k).moved:
-        first = count(counts, 5 + k)
+        first = count(counts, COUNTS + k)
     return first
 
 
@@ -196,6 +218,7 @@ def attend(
     SECTIONS: tl.constexpr,
     MASK: tl.constexpr,
     UPCAST: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attend over one split of the tokens: programs are splits x groups x sequences.
@@ -213,16 +236,20 @@ def attend(
         parts: for each section its key parts and its values.
         counts: for each section its tokens, the number of its first one in the mask, its first
             program, its first slot, the blocks of a program, and the first token of each part,
-            as :func:`count` reads them.
+            as :func:`count` reads them; if ``COUNTED``, int64 on the device, behind one that
+            :func:`join` reads.
         slots: of a head.
         heads: of a sequence.
         SECTIONS: how each section is read.
         MASK: 0 for none.
         UPCAST: multiply in float32.
+        COUNTED: whether counts are on the device.
         EARLY: the kernel that follows may be launched before this one has ended.
     """
     if EARLY:
         gdc_launch_dependents()
+    if COUNTED:
+        counts = _counts_in_memory(counts, SECTIONS)
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -261,22 +288,30 @@ def join(
     norm,
     output,
     slots,
+    counts,
     WIDTH: tl.constexpr,
     ROOM: tl.constexpr,
     STEP: tl.constexpr,
+    COUNTED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Join what the programs left: ``output`` [b, h, v], programs are heads x ROOM dimensions."""
+    """Join what the programs left: ``output`` [b, h, v], programs are heads x ROOM dimensions.
+
+    If ``COUNTED``, ``counts`` says in how many slots something was left.
+    """
     if EARLY:
         gdc_wait()
+    left = slots
+    if COUNTED:
+        left = tl.load(counts).to(tl.int32)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * ROOM + tl.arange(0, ROOM)
     top = -1e30
     total = 0.0
     found = tl.zeros([ROOM], tl.float32)
-    for first in tl.range(0, slots, STEP):
+    for first in tl.range(0, left, STEP):
         slot = first + tl.arange(0, STEP)
-        inside = slot < slots
+        inside = slot < left
         own = tl.load(most + row * slots + slot, mask=inside, other=-1e30)
         norms = tl.load(norm + row * slots + slot, mask=inside, other=0.0)
         where = (row * slots + slot)[:, None] * WIDTH + dims[None, :]

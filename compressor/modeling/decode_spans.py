@@ -74,6 +74,8 @@ def spans_of(key: PackedLatents, value: PackedLatents) -> list[Span]:
     parts = (*key.parts, *value.parts)
     tokens = key.tokens
     ageing = {part.ageing.token_block: part.ageing for part in parts if part.ageing.token_block}
+    if not ageing:
+        return [_span(0, tokens, [exact(part.exact) for part in parts])]
     blocks = sorted(ageing, reverse=True)
     one = ageing[blocks[0]]
     stops = [one.sinks, *(ageing[block].packed_stop(tokens) for block in blocks), tokens]

@@ -1,8 +1,7 @@
-"""What all compressed families share beside attention: their cache, and how weights begin."""
+"""What all compressed families share beside attention: cache, decoding, how weights begin."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -13,28 +12,13 @@ from transformers.utils import logging
 
 from .attention import NAME as ATTENTION
 from .cache import LatentCache
+from .graphed_steps import GraphedSteps, can_be_captured
 from .latent_attention import HeadMap
+from .own_cache import CACHE_NAMES, with_own_cache
 from .packed_cache import cache_for
 from .rope import LatentRotaryEmbedding
 
 logger = logging.get_logger(__name__)
-CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
-
-
-def with_own_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give the body of a packed model its own cache where transformers would make a dynamic one.
-
-    A forward pre-hook. Gradients do not flow through a cache, so training goes without.
-    """
-    uses = kwargs.get("use_cache")
-    uses = model.config.use_cache if uses is None else uses
-    if not uses or any(kwargs.get(name) is not None for name in CACHE_NAMES):
-        return args, kwargs
-    if torch.is_grad_enabled():
-        return args, kwargs | {"use_cache": False}
-    known = inspect.signature(model.forward).parameters
-    name = next(name for name in CACHE_NAMES if name in known)
-    return args, kwargs | {name: cache_for(model.config)}
 
 
 class LatentModel:
@@ -87,3 +71,17 @@ class LatentModel:
                     "measured; name no cache to get the model's own"
                 )
         return prepared
+
+    def _valid_auto_compile_criteria(
+        self, model_kwargs: dict[str, Any], generation_config: Any
+    ) -> bool:
+        """Ask ``generate()`` for :meth:`get_compiled_call` where steps can be replayed as well."""
+        compiles = bool(super()._valid_auto_compile_criteria(model_kwargs, generation_config))
+        if compiles or generation_config.disable_compile:
+            return compiles
+        caches = (model_kwargs.get(name) for name in CACHE_NAMES)
+        return any(isinstance(cache, LatentCache) for cache in caches) and can_be_captured(self)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return what ``generate()`` calls for each token: a replayed step, with our cache."""
+        return GraphedSteps(self, super().get_compiled_call(compile_config))

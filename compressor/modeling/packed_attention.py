@@ -66,6 +66,8 @@ def packed_attention(
     kernel = _kernels.get(query.device.type)
     found = kernel(query, key, value, attention_mask, scaling) if kernel else None
     if found is None:
+        if key.counted:
+            raise RuntimeError("only the kernel for CUDA reads what is counted on the device")
         attend = attend_prompt if is_prompt(query, key) else _in_blocks
         found = attend(query, key, value, attention_mask, scaling)
     return found.transpose(1, 2).contiguous(), None

@@ -105,6 +105,15 @@ class PackedPart:
             self.packed.crop(stop - self.ageing.sinks)
         self.tokens = tokens
 
+    def advance(self) -> None:
+        """Take in a token that was written, and one that was packed, behind those stored."""
+        self.tokens += 1
+        if self.packed is None:
+            self.exact.length += 1
+        else:
+            self.packed.advance()
+            self.recent.advance()
+
     def change(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to every tensor; it may select or repeat sequences, or move them."""
         for held in self._held():
@@ -200,6 +209,11 @@ class PackedLayer(CacheLayerMixin):
             raise ValueError(f"say the tokens to remove as {-tokens_to_remove}")
         for part in self.parts:
             part.crop(max(0, part.tokens + tokens_to_remove))
+
+    def advance(self) -> None:
+        """Take in a token that was written behind those stored."""
+        for part in self.parts:
+            part.advance()
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         for part in self.parts:

@@ -9,14 +9,16 @@ tokens in both forms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .quantizer import Packed, Quantizer, in_dtype
 from .schemes import packed_tokens
+from .step_counts import StepCounts
 
 UNREADABLE = (
     "these keys and values are packed in a few bits, which only the attention implementation "
@@ -124,15 +126,30 @@ class StoredPart:
         return found[:, :, before : before + stop - start]
 
 
+class Counted(NamedTuple):
+    """Where the numbers are that a kernel counts, and what returns keys and values to count."""
+
+    counts: StepCounts
+    stored: Callable[[], tuple[Any, Any]]
+
+
 class PackedLatents:
     """Keys or values [b, g, tokens, width] of a packed layer: its parts side by side.
 
     It has the shape, dtype and device of a tensor, and nothing else of one: whatever would read it
     as a tensor fails with a message that says why.
+
+    Args:
+        parts: of the side.
+        tokens: of the sequence.
+        counted: what a kernel counts is on the device; tensors then are all memory that there is,
+            and only that kernel knows how much of it to read.
     """
 
-    def __init__(self, parts: tuple[StoredPart, ...], tokens: int) -> None:
-        exact = parts[0].exact
+    def __init__(
+        self, parts: tuple[StoredPart, ...], tokens: int, counted: Counted | None = None
+    ) -> None:
+        exact, self.counted = parts[0].exact, counted
         self.parts, self.dtype, self.device = parts, exact.dtype, exact.device
         width = sum(part.width for part in parts)
         self.shape = torch.Size((*exact.shape[:2], tokens, width))

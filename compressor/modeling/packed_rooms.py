@@ -42,6 +42,12 @@ class PackedRooms:
         zero = None if self.zero.is_empty else self.zero.shown
         return Packed(self.codes.shown, self.scale.shown, zero)
 
+    @property
+    def whole(self) -> Packed:
+        """The rooms to their ends, whatever is there."""
+        zero = None if self.zero.is_empty else self.zero.whole
+        return Packed(self.codes.whole, self.scale.whole, zero)
+
     def append(self, new: Tensor) -> None:
         """Pack new tokens [b, g, new, width], whole blocks of them, behind those stored."""
         b, g, tokens, width = new.shape
@@ -57,6 +63,28 @@ class PackedRooms:
             for room, tensor in zip(into, self.quantizer.quantize(new), strict=True):
                 if room is not None:
                     room[:] = tensor
+
+    def reserve(self, tokens: int, ahead: int = 0) -> None:
+        """Have room for so many tokens, whole blocks of them, as :meth:`Room.reserve` does."""
+        for room, each in zip(self.rooms, (1, self.block, self.block), strict=True):
+            if not room.is_empty:
+                room.reserve(tokens // each, ahead // each)
+
+    def write(self, x: Tensor, places: Tensor) -> None:
+        """Pack one token of ``x`` on CUDA; :meth:`advance` counts it.
+
+        Args:
+            x: the first of some tokens [b, g, 1, width].
+            places: int64 [2], which one of these it is, and where it goes.
+        """
+        from .triton_quantize import quantize_into
+
+        quantize_into(self.quantizer, x, self.whole, places)
+
+    def advance(self) -> None:
+        """Count a token that was written."""
+        for room in self.rooms:
+            room.length += not room.is_empty
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first tokens, whole blocks of them."""

@@ -91,7 +91,9 @@ def quantize(
     latents,
     groups,
     tokens,
+    places,
     FORM: tl.constexpr,
+    PLACED: tl.constexpr,
 ):
     """Pack some latents: programs are latents / R.
 
@@ -106,7 +108,9 @@ def quantize(
         latents: b * g * t.
         groups: g.
         tokens: t.
+        places: int64 [2], tokens to skip of what is read and of what is written, if ``PLACED``.
         FORM: what is written.
+        PLACED: whether there are any.
     """
     row = tl.program_id(0) * FORM.rows + tl.arange(0, FORM.rows)
     alive = row < latents
@@ -117,8 +121,12 @@ def quantize(
     run, column = place // FORM.room, place % FORM.room
     dim = run * FORM.columns + column
     known = alive[:, None] & ((column < FORM.columns) & (dim < FORM.width))[None, :]
+    if PLACED:
+        x += tl.load(places) * x_t
     start = x + batch * x_b + group * x_g + token * x_t
     given = tl.load(start[:, None] + dim[None, :], mask=known, other=0.0).to(tl.float32)
+    if PLACED:
+        token += tl.load(places + 1)
     scale_at = batch * scales_b + group * scales_g + token * FORM.blocks
     found = tl.zeros_like(given)
     for block in tl.static_range(static(FORM.blocks)):

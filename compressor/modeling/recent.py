@@ -26,7 +26,7 @@ class Recent:
         if not self.keep:
             self.start = self.stop
             return new, start
-        used = self._first + self.stop - start
+        used = self.used
         if self._buffer is not None and used <= self._buffer.shape[2]:
             self._buffer[:, :, used - new.shape[2] : used] = new
             at_hand = self._buffer[:, :, self._first : used]
@@ -36,11 +36,50 @@ class Recent:
         self._replace(at_hand, start)
         return at_hand, start
 
-    def _shown(self, missing: int = 0) -> Tensor:
-        """Return the tokens in the buffer, all but the last ``missing``."""
+    @property
+    def whole(self) -> Tensor:
+        """The buffer."""
         if self._buffer is None:
             raise RuntimeError("nothing was ever stored here")
-        return self._buffer[:, :, self._first : self._first + self.stop - self.start - missing]
+        return self._buffer
+
+    @property
+    def used(self) -> int:
+        """Where in the buffer the next token goes."""
+        return self._first + self.stop - self.start
+
+    @property
+    def first_of_whole(self) -> int:
+        """Number of the token at the buffer's beginning, were there one."""
+        return self.start - self._first
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more token fits behind the others."""
+        return not self.keep or self.used < self.whole.shape[2]
+
+    def make_room(self) -> None:
+        """Move the tokens to the buffer's beginning if there is no room for one more behind them.
+
+        They move within the buffer.
+        """
+        if not self.has_room:
+            self._drop(self.stop - self.keep)
+            kept = self._shown().clone()
+            self.whole[:, :, : kept.shape[2]] = kept
+            self._first = 0
+
+    def advance(self) -> None:
+        """Take in a token that was written behind the others."""
+        self.stop += 1
+        if self.keep:
+            self._drop(self.stop - self.keep)
+        else:
+            self.start = self.stop
+
+    def _shown(self, missing: int = 0) -> Tensor:
+        """Return the tokens in the buffer, all but the last ``missing``."""
+        return self.whole[:, :, self._first : self.used - missing]
 
     def _replace(self, at_hand: Tensor, start: int) -> None:
         """Take a new buffer with the last tokens of ``at_hand``, which begins at ``start``."""

@@ -34,22 +34,41 @@ class Room:
         """Make room for new tokens and return it, [b, g, new, n], for the caller to write into."""
         b, g, new, n = shape
         start, stop = self.length, self.length + new
-        if self._room is None or self._room.shape[-2] < stop:
-            wanted = int(stop * GROWTH) if start else stop
-            tokens = -(-wanted // self.block) * self.block
-            larger = empty((b, g, tokens, n), dtype, device)
-            if self._room is not None:
-                larger[:, :, :start] = self.shown
-            self._room = larger
+        if self._room is None:
+            self._room = empty((b, g, self._capacity(stop), n), dtype, device)
+        self.reserve(stop)
         self.length = stop
-        return self._room[:, :, start:stop]
+        return self.whole[:, :, start:stop]
+
+    def reserve(self, tokens: int, ahead: int = 0) -> None:
+        """Have room for so many tokens, old and new.
+
+        Args:
+            tokens: that must fit.
+            ahead: move now, as far as is usual, if so many more would not fit.
+        """
+        room = self.whole
+        b, g, before, n = room.shape
+        after = self._capacity(int(tokens * GROWTH) if self.length else tokens)
+        if before < tokens + ahead and before < after:
+            larger = empty((b, g, after, n), room.dtype, room.device)
+            larger[:, :, : self.length] = self.shown
+            self._room = larger
+
+    def _capacity(self, tokens: int) -> int:
+        return -(-tokens // self.block) * self.block
+
+    @property
+    def whole(self) -> Tensor:
+        """The room [b, g, capacity, n]; what lies behind the stored tokens means nothing."""
+        if self._room is None:
+            raise RuntimeError("nothing was ever stored here")
+        return self._room
 
     @property
     def shown(self) -> Tensor:
         """What is stored, a view [b, g, length, n]."""
-        if self._room is None:
-            raise RuntimeError("nothing was ever stored here")
-        return self._room[:, :, : self.length]
+        return self.whole[:, :, : self.length]
 
     @property
     def is_empty(self) -> bool:

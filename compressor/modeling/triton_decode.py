@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from .decode_sections import Query, form_of, sections_for
 from .decode_settings import LEAST_BLOCKS, Settings
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import Section, power_of_two
-from .packed_latents import PackedLatents
+from .packed_latents import Counted, PackedLatents
 
 INTERPRETED = type(attend).__name__ == "InterpretedFunction"
 HALVES = (torch.float16, torch.bfloat16)
@@ -37,7 +39,9 @@ def attend_packed(
     """Attend over packed latents as :func:`decode` does; None where it cannot."""
     if not can_decode(query, [part.exact for part in (*key.parts, *value.parts)]):
         return None
-    return decode(query, spans_of(key, value), mask, scaling)
+    if key.counted and not key.counted.counts.masked:
+        mask = None
+    return decode(query, spans_of(key, value), mask, scaling, counted=key.counted)
 
 
 def attend_exact(
@@ -68,6 +72,7 @@ def decode(
     scaling: float,
     *,
     settings: Settings | None = None,
+    counted: Counted | None = None,
 ) -> Tensor:
     """Attend with one query for each sequence.
 
@@ -77,6 +82,7 @@ def decode(
         mask: None, or boolean (True attends) or additive, broadcastable to [b, h, 1, s].
         scaling: factor of the scores.
         settings: how work is cut; the table's for these shapes if not given.
+        counted: where what changes from step to step is read; the tensors of ``spans`` must not.
 
     Returns:
         The output [b, h, 1, v] in the query's dtype; 0 where nothing may be attended to.
@@ -87,7 +93,13 @@ def decode(
     sections, settings = sections_for(
         tuple(map(form_of, spans)), Query(h // groups, groups, k, query.stride(1)), settings
     )
-    counts, programs, slots = _counts(spans, sections, b * groups, settings, query.device)
+    cut = Cut(sections, settings, b * groups, query.device)
+    if counted is None:
+        one = cut.of(spans)
+        programs, slots, counts = one.programs, one.slots, tuple(map(as_odd, one.counts))
+    else:
+        programs, slots = cut.programs, cut.slots
+        counts = counted.counts.of_cut(cut, counted.stored)
     width = sections[0].values.width
     left = torch.empty(b * h * slots * (width + 2), dtype=torch.float32, device=query.device)
     out, most, norm = left.split([b * h * slots * width, b * h * slots, b * h * slots])
@@ -110,53 +122,98 @@ def decode(
             mask_h,
             scaling * math.log2(math.e),
             tuple(tuple(map(_pointers, span.parts)) for span in spans),
-            tuple(map(as_odd, counts)),
+            counts,
             slots,
             h,
             SECTIONS=sections,
             MASK=kind,
             UPCAST=INTERPRETED,
+            COUNTED=counted is not None,
             EARLY=early,
             num_warps=settings.warps,
             num_stages=settings.stages,
             maxnreg=settings.registers,
         )
         join[(b * h, -(-width // room))](
-            out, most, norm, output, slots, **sizes, num_warps=JOINING_WARPS
+            out,
+            most,
+            norm,
+            output,
+            slots,
+            out if counted is None else counts,
+            **sizes,
+            COUNTED=counted is not None,
+            num_warps=JOINING_WARPS,
         )
     return output
 
 
-def _counts(
-    spans: Sequence[Span],
-    sections: Sequence[Section],
-    pairs: int,
-    settings: Settings,
-    device: torch.device,
-) -> tuple[tuple[tuple[int, ...], ...], int, int]:
-    """Return what the kernel counts, how many programs a pair has, and how many slots a head.
+class Split(NamedTuple):
+    """What the kernel counts of each span, how many programs a pair has, and slots a head."""
 
-    Where a pair has few programs, those of the longest span read the others too: these are short,
-    and programs of their own would only begin when a place is free.
+    counts: tuple[tuple[int, ...], ...]
+    programs: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the tokens of a layout are split among programs.
+
+    Attributes:
+        sections: how spans are read.
+        settings: of the kernel.
+        pairs: of a sequence and a group of heads.
+        device: whose multiprocessors work.
     """
-    wanted = max(1, round(multiprocessors(device) * settings.programs / pairs))
-    others = len(spans) - 1
-    together = wanted < MANY_PROGRAMS
-    share = -(-sum(s.tokens for s in spans) // (wanted if together else wanted - others))
-    each = [max(LEAST_BLOCKS, -(-share // section.block)) for section in sections]
-    needed = [
-        -(-span.tokens // (section.block * blocks))
-        for span, section, blocks in zip(spans, sections, each, strict=True)
-    ]
-    programs = max(needed) if together else sum(needed)
-    counts, program, slot = [], 0, 0
-    for index, (span, section) in enumerate(zip(spans, sections, strict=True)):
-        firsts = (part.first for part in span.parts)
-        first = min(program, programs - needed[index])
-        counts.append((span.tokens, span.start, first, slot, each[index], *firsts))
-        program += needed[index]
-        slot += needed[index] * section.tokens
-    return tuple(counts), programs, slot
+
+    sections: tuple[Section, ...]
+    settings: Settings
+    pairs: int
+    device: torch.device
+
+    @property
+    def programs(self) -> int:
+        """Programs of a pair, at most."""
+        return max(1, round(multiprocessors(self.device) * self.settings.programs / self.pairs))
+
+    @property
+    def together(self) -> bool:
+        """Whether programs of the longest span read the others too.
+
+        Where a pair has few programs: short spans' own would only begin when a place is free.
+        """
+        return self.programs < MANY_PROGRAMS
+
+    @property
+    def slots(self) -> int:
+        """Slots of a head, at most."""
+        rows = [section.tokens for section in self.sections]
+        return self.programs * (sum(rows) if self.together else max(rows))
+
+    def of(self, spans: Sequence[Span]) -> Split:
+        """Return what these spans need."""
+        others = 0 if self.together else len(spans) - 1
+        share = -(-sum(span.tokens for span in spans) // (self.programs - others))
+        each = [max(LEAST_BLOCKS, -(-share // section.block)) for section in self.sections]
+        needed = [
+            -(-span.tokens // (section.block * blocks))
+            for span, section, blocks in zip(spans, self.sections, each, strict=True)
+        ]
+        programs = max(needed) if self.together else sum(needed)
+        counts, program, slot = [], 0, 0
+        for index, (span, section) in enumerate(zip(spans, self.sections, strict=True)):
+            firsts = (part.first for part in span.parts)
+            first = min(program, programs - needed[index])
+            counts.append((span.tokens, span.start, first, slot, each[index], *firsts))
+            program += needed[index]
+            slot += needed[index] * section.tokens
+        return Split(tuple(counts), programs, slot)
+
+    def numbers(self, key: PackedLatents, value: PackedLatents) -> list[int]:
+        """Return what the kernels read on the device: the slots, and the counts."""
+        split = self.of(spans_of(key, value))
+        return [split.slots, *(number for own in split.counts for number in as_odd(own))]
 
 
 def as_odd(counts: Sequence[int]) -> tuple[int, ...]:

@@ -114,13 +114,17 @@ def form_of(scheme: str, bits: int, width: int, *, few: bool) -> Form:
     return replace(form, levels=tuple(levels.tolist()), limits=tuple(limits.tolist()))
 
 
-def quantize_into(quantizer: Quantizer, x: Tensor, into: Packed) -> None:
+def quantize_into(
+    quantizer: Quantizer, x: Tensor, into: Packed, places: Tensor | None = None
+) -> None:
     """Write the same bits as ``quantizer.quantize(x)`` yields.
 
     Args:
         quantizer: with scales per token.
         x: [b, g, s, w].
         into: views of rooms; the tokens of a latent lie behind each other.
+        places: int64 [2], by how many tokens what is read and what is written lies behind the first
+            of ``x`` and of ``into``.
     """
     b, g, tokens, width = x.shape
     if not x.numel():
@@ -143,6 +147,8 @@ def quantize_into(quantizer: Quantizer, x: Tensor, into: Packed) -> None:
             latents,
             g,
             tokens,
+            x if places is None else places,
             FORM=form,
+            PLACED=places is not None,
             num_warps=1,
         )

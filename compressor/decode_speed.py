@@ -3,7 +3,7 @@
 Decoding is measured on a cache filled with random numbers of the right shapes, through its own
 ``update()``: the time of a step depends on how many tokens are cached, not on which. Steps are
 plain calls of the model, not compiled, the greedy token of one being the input of the next; on CUDA
-a step can also be replayed from a graph, which leaves the GPU's own time.
+steps can also be replayed from a graph, as ``generate()`` does with a compressed model's own cache.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vdcompress.cache_kinds import CacheKind, stored_nbytes
-from vdcompress.modeling.latent_model import CACHE_NAMES
+from vdcompress.cache_kinds import OWN, CacheKind, stored_nbytes
+from vdcompress.modeling.graphed_steps import GraphedSteps
 from vdcompress.modeling.layout import LayerLayout
+from vdcompress.modeling.own_cache import CACHE_NAMES
 from vdcompress.peak_memory import PeakMemory
 
 if TYPE_CHECKING:
@@ -116,13 +117,13 @@ def decode(contender: Contender, context: int, batch: int, new_tokens: int) -> P
 
 @torch.inference_mode()
 def replay(contender: Contender, context: int, batch: int, replays: int) -> Pass:
-    """Measure one step of decoding that a CUDA graph holds: no launch is waited for.
+    """Measure steps of decoding that a CUDA graph holds: no launch is waited for.
 
     Args:
         contender: what is measured, on CUDA.
-        context: tokens in the cache before the two steps that warm up.
+        context: tokens in the cache before the steps that warm up.
         batch: sequences.
-        replays: of the step; some caches go on by a token each time, others write one again.
+        replays: of the step; a dynamic cache writes one token again each time, others go on.
     """
     model = contender.model
     peak = PeakMemory(str(model.device))
@@ -130,14 +131,25 @@ def replay(contender: Contender, context: int, batch: int, replays: int) -> Pass
     fill(cache, contender.layouts, context, batch, model)
     sizes = stored_nbytes(cache, context)
     peak.restart()
-    ids = _first_ids(model, batch)
-    run = captured(lambda: _step(model, cache, ids))
+    run = _replayed(contender, cache, _first_ids(model, batch))
     run()
     start = _now(model)
     for _ in range(replays):
         run()
     seconds = _now(model) - start
     return Pass(batch * replays / seconds, *sizes, _peak(contender, peak))
+
+
+def _replayed(contender: Contender, cache: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    """Return what makes a step from a graph: the one of ``generate()`` where there is one."""
+    model = contender.model
+    if contender.kind is OWN:
+        steps = GraphedSteps(model)
+        _step(model, cache, ids)
+        _step(model, cache, ids, steps)
+        if steps.replays:
+            return lambda: _step(model, cache, ids, steps)
+    return captured(lambda: _step(model, cache, ids))
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -191,9 +203,17 @@ def fill(
             cache.update(keys, values, index)
 
 
-def _step(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Run the model over new tokens [b, t] and return the greedy next ones [b, 1]."""
-    output = model(ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
+def _step(model: Any, cache: Any, ids: torch.Tensor, call: Any = None) -> torch.Tensor:
+    """Run the model over new tokens [b, t] and return the greedy next ones [b, 1].
+
+    Args:
+        model: that runs.
+        cache: of its tokens.
+        ids: new tokens.
+        call: what is called in its place.
+    """
+    given = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1, cache_argument(model): cache}
+    output = (call or model)(**given)
     return output.logits[:, -1:].argmax(-1)
 
 

@@ -159,23 +159,49 @@ def test_a_counted_step_stores_and_reads_what_another_does(
         assert torch.equal(x, y)
 
 
-def test_what_was_counted_can_be_taken_back() -> None:
-    layout = LAYERS[BITS]
-    _, key, value = (x.to(DEVICE) for x in sides(layout, 90))
-    one, other = (cache_of(layout, 2, 4) for _ in range(2))
-    for cache, stop in ((one, 70), (other, 90)):
-        cache.update(key[:, :, :stop], value[:, :, :stop], 0)
-    counted = CountedCache(one)
-    for token in range(70, 90):
+def count(counted: CountedCache, key: Tensor, value: Tensor, start: int, stop: int) -> None:
+    for token in range(start, stop):
         place = counted.place() or counted.make_room()
         assert place is not None
         counted.counts.refresh(place)
         counted.update(key[:, :, token : token + 1], value[:, :, token : token + 1], 0)
         counted.advance()
+
+
+@pytest.mark.parametrize("layout", [LAYERS[BITS], EXACT])
+@pytest.mark.parametrize("back", [1, 7, 40])
+def test_what_was_counted_can_be_taken_back(layout: LayerLayout, back: int) -> None:
+    _, key, value = (x.to(DEVICE) for x in sides(layout, 90))
+    one, other = (cache_of(layout, 2, 4) for _ in range(2))
+    for cache, stop in ((one, 70), (other, 78)):
+        cache.update(key[:, :, :stop], value[:, :, :stop], 0)
+    counted = CountedCache(one)
+    count(counted, key, value, 70, 78)
     for cache in (one, other):
-        cache.crop(-3)
-        cache.update(key[:, :, 87:89], value[:, :, 87:89], 0)
-    for x, y in zip(held(one), held(other), strict=True):
+        cache.crop(-back)
+    count(counted, key, value, 80, 85)
+    other.update(key[:, :, 80:85], value[:, :, 80:85], 0)
+    assert one.get_seq_length() == other.get_seq_length() == 83 - back
+    if (
+        back <= packed_cache.ROLLBACK or layout is EXACT
+    ):  # else what is exact again has been rounded, here and there
+        for x, y in zip(held(one), held(other), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_cache_that_was_emptied_is_counted_anew() -> None:
+    layout = LAYERS[BITS]
+    _, key, value = (x.to(DEVICE) for x in sides(layout, 40))
+    cache, other = (cache_of(layout) for _ in range(2))
+    cache.update(key[:, :, :20], value[:, :, :20], 0)
+    counted = CountedCache(cache)
+    count(counted, key, value, 20, 22)
+    cache.reset()
+    for each in (cache, other):
+        each.update(key[:, :, :30], value[:, :, :30], 0)
+    count(counted, key, value, 30, 33)
+    other.update(key[:, :, 30:33], value[:, :, 30:33], 0)
+    for x, y in zip(held(cache), held(other), strict=True):
         assert torch.equal(x, y)
 
 
@@ -278,7 +304,9 @@ def test_generate_replays_and_says_the_same(captured: Captured, plan: str) -> No
     assert torch.equal(found.sequences, plain.sequences)
 
 
-@pytest.mark.parametrize("way", ["beams", "no tensors", "hook", "float32", "hidden states"])
+@pytest.mark.parametrize(
+    "way", ["beams", "one token", "hook", "float32", "hidden states", "a prompt in single tokens"]
+)
 def test_what_a_graph_cannot_do_is_called(captured: Captured, way: str) -> None:
     model, ids = model_of("gpt_neox", "8 bits"), prompts()
     seen = []
@@ -289,8 +317,10 @@ def test_what_a_graph_cannot_do_is_called(captured: Captured, way: str) -> None:
         "beams": {"num_beams": 2},
         "hidden states": {"output_hidden_states": True, "return_dict_in_generate": True},
     }.get(way, {})
-    if way == "no tensors":
+    if way == "one token":
         given = {"max_new_tokens": 1}
+    if way == "a prompt in single tokens":
+        ids, given = ids[:, :2], {"prefill_chunk_size": 1, "max_new_tokens": 1}
     mask = torch.ones_like(ids)
     model.generate(ids, **{"max_new_tokens": 3, "pad_token_id": 0, "attention_mask": mask} | given)
     assert not captured

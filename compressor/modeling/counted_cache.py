@@ -143,19 +143,13 @@ class CountedLayer(CacheLayerMixin):
     def __init__(self, layer: GrowingLayer | PackedLayer, counts: StepCounts) -> None:
         super().__init__()
         self.layer, self.counts = layer, counts
-        self.key_parts: list[Part]
-        self.value_part: Part
-        if isinstance(layer, PackedLayer):
-            self.key_parts = [_part(part) for part in layer.key_parts]
-            self.value_part = _part(layer.value_part)
-        else:
-            keys, values = layer.rooms
-            self.key_parts, self.value_part = [ExactPart(keys)], ExactPart(values)
 
     @property
     def parts(self) -> list[Part]:
-        """All parts."""
-        return [*self.key_parts, self.value_part]
+        """All parts as they are now, the values last."""
+        if isinstance(self.layer, PackedLayer):
+            return [_part(part) for part in self.layer.parts]
+        return [ExactPart(room) for room in self.layer.rooms]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: there are tokens."""
@@ -164,19 +158,20 @@ class CountedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[PackedLatents, PackedLatents]:
         """Write one token's latents [b, g, 1, width] and return what attention reads."""
-        widths = [part.stored().width for part in self.key_parts]
+        parts = self.parts
+        widths = [part.stored().width for part in parts[:-1]]
         new = (*key_states.split(widths, dim=-1), value_states)
-        for part, x in zip(self.parts, new, strict=True):
+        for part, x in zip(parts, new, strict=True):
             part.write(x, self.counts)
         return self.stored()
 
     def stored(self) -> tuple[PackedLatents, PackedLatents]:
         """Return the keys and values that the next token's query reads."""
         tokens, counted = self.get_seq_length() + 1, Counted(self.counts, self.stored)
-        keys = tuple(part.stored() for part in self.key_parts)
+        *keys, value = (part.stored() for part in self.parts)
         return (
-            PackedLatents(keys, tokens, counted),
-            PackedLatents((self.value_part.stored(),), tokens, counted),
+            PackedLatents(tuple(keys), tokens, counted),
+            PackedLatents((value,), tokens, counted),
         )
 
     def get_seq_length(self) -> int:
@@ -206,7 +201,12 @@ class CountedCache(LatentCache):
         device = cache.layers[0].device
         self.counts = StepCounts(len(cache.layers), device)
         super().__init__([CountedLayer(layer, self.counts) for layer in cache.layers])
-        self._witnesses = list({type(part): part for part in reversed(self.parts)}.values())
+        kinds = {
+            type(part): (layer, index)
+            for layer in self.layers
+            for index, part in enumerate(layer.parts)
+        }
+        self._kinds = list(kinds.values())
         self._memory: tuple[Tensor, ...] = ()
         self._witnessed: tuple[Tensor, ...] = ()
         self.moves = 0
@@ -227,7 +227,7 @@ class CountedCache(LatentCache):
             part.make_room()
         held = _held(self.parts)
         self.moves += not _same(held, self._memory)
-        self._memory, self._witnessed = held, _held(self._witnesses)
+        self._memory, self._witnessed = held, _held(self._witnesses())
         return common(part.place() for part in self.parts)
 
     def place(self) -> Place | None:
@@ -236,12 +236,17 @@ class CountedCache(LatentCache):
         That is where there is no room, or where somebody has put other memory in the cache. All
         layers store tokens alike, so one part of each kind is asked.
         """
-        places = [part.place() for part in self._witnesses]
-        if None in places or not all(part.has_room() for part in self._witnesses):
+        parts = self._witnesses()
+        places = [part.place() for part in parts]
+        if None in places or not all(part.has_room() for part in parts):
             return None
-        if not _same(_held(self._witnesses), self._witnessed):
+        if not _same(_held(parts), self._witnessed):
             return None
         return common(place for place in places if place is not None)
+
+    def _witnesses(self) -> list[Part]:
+        """Return one part of each kind."""
+        return [layer.parts[index] for layer, index in self._kinds]
 
     def advance(self) -> None:
         """Tell the cache that a token was stored."""

@@ -198,13 +198,14 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def fits(inputs: dict[str, Any], cache: LatentCache) -> bool:
-    """Whether a step is given what a graph knows: a token for each sequence, and where it is."""
+    """Whether a step is given what a graph knows: a token for each sequence, behind others."""
     ids, mask, tokens = inputs.get(IDS), inputs.get(MASK), cache.get_seq_length() + 1
     others = (value for key, value in inputs.items() if key not in KNOWN)
     return (
         ids is not None
         and ids.shape[1] == 1
         and ids.device.type in CAPTURES
+        and tokens > 1
         and not torch.is_grad_enabled()
         and not cache.offloading
         and not any(value is not None and value is not False for value in others)

@@ -5,7 +5,8 @@
 All that are compared take turns within one process, and a ratio is the median over rounds of a
 quotient of one round; rounds that other processes disturbed are repeated. Caches hold random
 numbers, written through their own ``update()``. The base of attention alone is torch's scaled dot
-product attention over 64/64; of a whole model, the base with each of transformers' plain caches.
+product attention over 64/64, on pages as torch asks for them and on large ones as our caches do; of
+a whole model, the base with each of transformers' plain caches.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from vdcompress.cache_kinds import DYNAMIC, OWN, STATIC
 from vdcompress.calibrate import calibrate
 from vdcompress.decode_speed import Contender, decode
 from vdcompress.load import Base, load
+from vdcompress.modeling import large_pages
 from vdcompress.modeling.attention import latent_attention
 from vdcompress.modeling.cache import GrowingLayer
 from vdcompress.modeling.packed_cache import PackedLayer
@@ -38,7 +40,7 @@ from vdcompress.rewrite import needed_statistics, rewrite
 from vdcompress.speed_rounds import Outcome, median_speed, ratios, rounds
 
 MODEL = "pythia-70m-standin"
-BASE = "base"
+BASE, LARGE = "base", "base, on large pages"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXACT, BITS = 16, (8, 4, 3, 2)
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -57,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=21, help="of attention alone")
-    parser.add_argument("--model-rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=45, help="of attention alone")
+    parser.add_argument("--model-rounds", type=int, default=11)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--skip", choices=("attention", "whole"), nargs="*", default=[])
@@ -104,21 +106,25 @@ def plan_of(shape: ModelShape, layout: str, bits: int) -> Plan:
 
 def attention_rows(shape: ModelShape, dtype: str, tokens: int, count: int) -> list[dict[str, Any]]:
     """Return the times of one layer's attention over every cache, in turns."""
-    calls: dict[tuple[str, int], Call] = {(BASE, EXACT): base_call(shape, DTYPES[dtype], tokens)}
+    calls: dict[tuple[str, int], Call] = {
+        (name, EXACT): base_call(shape, DTYPES[dtype], tokens, make)
+        for name, make in ((BASE, torch.empty), (LARGE, large_pages.empty))
+    }
     for layout in LAYOUTS:
         for bits in (EXACT,) if layout == ONLY_EXACT else (EXACT, *BITS):
             plan = plan_of(shape, layout, bits)
             calls[layout, bits] = own_call(plan, DTYPES[dtype], tokens)
+    order = list(calls)
     in_turns(calls)
     found, quiet = quiet_rounds(partial(in_turns, calls), count)
-    seconds = {key: [turn[key] for turn in found] for key in calls}
+    seconds = {key: [turn[key] for turn in found] for key in sorted(calls, key=order.index)}
     rows = []
     for key, own in seconds.items():
         layout, bits = key
         row = {"layout": layout, "bits": bits, "dtype": dtype, "tokens": tokens}
         row |= {"seconds": statistics.median(own), "fastest": min(own), "quiet_rounds": quiet}
         row["base_by_own"] = quotient(seconds[BASE, EXACT], own)
-        if layout != BASE:
+        if layout not in {BASE, LARGE}:
             row["own_by_exact"] = quotient(own, seconds[layout, EXACT])
         rows.append(row)
         print(row, flush=True)
@@ -127,12 +133,17 @@ def attention_rows(shape: ModelShape, dtype: str, tokens: int, count: int) -> li
 
 @torch.inference_mode()
 def in_turns(calls: dict[tuple[str, int], Call]) -> dict[tuple[str, int], float]:
-    """Return the seconds of each call."""
+    """Return the seconds of each call; the first one is the last of the next round.
+
+    A call's time depends a little on the one before it, whose memory fills the caches.
+    """
     seconds = {}
     for key, call in calls.items():
         start = time.perf_counter()
         call()
         seconds[key] = time.perf_counter() - start
+    first = next(iter(calls))
+    calls[first] = calls.pop(first)
     return seconds
 
 
@@ -141,10 +152,11 @@ def quotient(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def base_call(shape: ModelShape, dtype: torch.dtype, tokens: int) -> Call:
-    """Return torch's attention of one query over the base's keys and values."""
+def base_call(shape: ModelShape, dtype: torch.dtype, tokens: int, make: Any) -> Call:
+    """Return torch's attention of one query over the base's keys and values, as ``make`` them."""
     heads, d = shape.kv_heads, shape.head_dim
-    key, value = (torch.randn(1, heads, tokens, d).to(dtype) for _ in range(2))
+    sizes: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu")}
+    key, value = (make((1, heads, tokens, d), **sizes).normal_() for _ in range(2))
     query = torch.randn(1, heads, 1, d).to(dtype)
     return partial(scaled_dot_product_attention, query, key, value)
 

@@ -2,9 +2,10 @@
 
 A unit of work is some tokens of one sequence and one group of heads. Latents are unpacked a few
 tokens at a time into levels, float32, that stay in a processor's nearest memory; all heads of the
-group read them there. A unit leaves the weighted sum of its values beside its norm and the power of
-two that both are relative to, and :func:`join` joins them. Scales and zero points of tokens are
-taken out of the products, as in :mod:`packed_products`.
+group read them there. Where few heads share a latent, bfloat16 numbers and codes of 8 bits become
+levels on their way into a product, and are written nowhere. A unit leaves the weighted sum of its
+values beside its norm and the power of two that both are relative to, and :func:`join` joins them.
+Scales and zero points of tokens are taken out of the products, as in :mod:`packed_products`.
 
 All jitted functions are in this file because numba's cache looks at one file only. Letters: r rows
 (queries of a group), n tokens, w width, B blocks of D dimensions that share a scale.
@@ -20,6 +21,8 @@ from .numba_compiled import compiled
 try:
     import numba
     import numpy as np
+    from llvmlite import ir
+    from numba.extending import intrinsic
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
@@ -30,6 +33,7 @@ FIELDS = (  # of a part in the table that a kernel is given; strides and offsets
 ) = range(16)  # fmt: skip
 TOKENS = 32  # a multiple of every scheme's block of tokens
 TOGETHER = 8  # tokens that are added at a time
+WIDENED_ONCE = 4  # queries of a latent from which on its numbers are written wide, once for all
 SPARE = 16  # numbers for each latent, where its codes do not fill their words
 LOWEST = np.float32(-1e30)  # of what is not attended to: finite, so that differences are numbers
 NOTHING = np.float32(-5e29)  # above that and below any score
@@ -58,6 +62,20 @@ def threads(count: int) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
+@intrinsic
+def _number(_context, stored):
+    """Return what is stored, float32, a bfloat16 as uint16 or a code as uint8, as float32."""
+
+    def codegen(_target, builder, _signature, arguments):
+        (found,) = arguments
+        if stored == numba.uint16:
+            wide = builder.zext(found, ir.IntType(32))
+            return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
+        return builder.uitofp(found, ir.FloatType()) if stored == numba.uint8 else found
+
+    return numba.float32(stored), codegen
+
+
 @compiled(fastmath=FAST)
 def _dots(q, x, block, out):
     """Write the products [n] of a query [D] with a block of levels [n, B, D].
@@ -68,13 +86,13 @@ def _dots(q, x, block, out):
     for t in range(0, whole, 2):
         one = two = np.float32(0)
         for j in range(x.shape[2]):
-            one += q[j] * x[t, block, j]
-            two += q[j] * x[t + 1, block, j]
+            one += q[j] * _number(x[t, block, j])
+            two += q[j] * _number(x[t + 1, block, j])
         out[t], out[t + 1] = one, two
     for t in range(whole, x.shape[0]):
         total = np.float32(0)
         for j in range(x.shape[2]):
-            total += q[j] * x[t, block, j]
+            total += q[j] * _number(x[t, block, j])
         out[t] = total
 
 
@@ -85,7 +103,7 @@ def _four_dots(q, x, block, out):
     for t in range(x.shape[0]):
         one = two = three = four = np.float32(0)
         for j in range(x.shape[2]):
-            number = x[t, block, j]
+            number = _number(x[t, block, j])
             one += a[j] * number
             two += b[j] * number
             three += c[j] * number
@@ -102,15 +120,15 @@ def _add(out, w, x, block):
         e, f, g, h = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
         for j in range(out.shape[0]):
             out[j] += (
-                a * x[t, block, j] + b * x[t + 1, block, j]
-                + c * x[t + 2, block, j] + d * x[t + 3, block, j]
+                a * _number(x[t, block, j]) + b * _number(x[t + 1, block, j])
+                + c * _number(x[t + 2, block, j]) + d * _number(x[t + 3, block, j])
             ) + (
-                e * x[t + 4, block, j] + f * x[t + 5, block, j]
-                + g * x[t + 6, block, j] + h * x[t + 7, block, j]
+                e * _number(x[t + 4, block, j]) + f * _number(x[t + 5, block, j])
+                + g * _number(x[t + 6, block, j]) + h * _number(x[t + 7, block, j])
             )  # fmt: skip
     for t in range(whole, x.shape[0]):
         for j in range(out.shape[0]):
-            out[j] += w[t] * x[t, block, j]
+            out[j] += w[t] * _number(x[t, block, j])
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -339,15 +357,43 @@ def _weigh(scores, n, marks, sums, room, bits):
                 sums[j] *= kept
 
 
+@compiled(fastmath=FAST)
+def _meet(
+    x, part, is_value, query, start, shared, scores, sums, queries, scales, zeros, scale_at,
+    zero_at, scale, scale_bits, zero, found,
+):  # fmt: skip
+    """Let the rows that share a latent, from ``start`` on, meet its levels [n, B, D].
+
+    These are float32, or what is stored: bfloat16 numbers, or codes of 8 bits.
+    """
+    n, blocks, size = x.shape
+    k, v = query.shape[0] // scores.shape[0], sums.shape[0] // scores.shape[0]
+    stop = start + shared
+    scaled = part[FORM] in (TOKEN_FORM, NORMAL_FORM)
+    for block in range(blocks):
+        if scaled:
+            _factors(
+                part, scales, zeros, scale_at, zero_at, n, block, scale, scale_bits, zero
+            )  # fmt: skip
+        if is_value:
+            to = sums[start * v : stop * v].reshape(shared, blocks, size)
+            _add_values(to, scores[start:stop], x, block, scaled, scale, zero, found[0])
+        else:
+            own = queries[: shared * size].reshape(shared, size)
+            first = part[FIRST] + block * size
+            for r in range(shared):
+                for j in range(size):
+                    own[r, j] = query[(start + r) * k + first + j]
+            _add_scores(scores[start:stop], own, x, block, scaled, scale, zero, found)
+
+
 @compiled()
 def _attend_some(
     query, table, curves, numbers, halves, codes, scales, zeros, mask, rows, b, group, start, stop,
     step, sums, marks, room, room_bits,
 ):  # fmt: skip
     """Attend with queries [r * k] over the tokens of a unit; sums [r * v], marks [2 * r]."""
-    values, k = table.shape[0] - 1, query.shape[0] // rows
-    v = sums.shape[0] // rows
-    most = 0
+    values, most = table.shape[0] - 1, 0
     for p in range(table.shape[0]):
         most = max(most, table[p, WIDTH])
     levels = step * (most + SPARE)
@@ -383,29 +429,23 @@ def _attend_some(
                 stored = low * blocks if scaled else low // TOKENS * width
                 scale_at = part[SCALE] + b * part[SCALE_B] + g * part[SCALE_G] + stored
                 zero_at = part[ZERO] + b * part[ZERO_B] + g * part[ZERO_G] + stored
-                x = _levels(
-                    part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,
-                    scale_at, zero_at, n, room, room_bits, factors, factor_bits,
-                ).reshape(n, blocks, size)  # fmt: skip
-                r0, r1 = latent * shared, (latent + 1) * shared
-                for block in range(blocks):
-                    if scaled:
-                        _factors(
-                            part, scales[p], zeros[p], scale_at, zero_at, n, block, scale,
-                            scale_bits, zero,
-                        )  # fmt: skip
-                    if p < values:
-                        own = queries[: shared * size].reshape(shared, size)
-                        first = part[FIRST] + block * size
-                        for r in range(shared):
-                            for j in range(size):
-                                own[r, j] = query[(r0 + r) * k + first + j]
-                        _add_scores(scores[r0:r1], own, x, block, scaled, scale, zero, found)
-                    else:
-                        _add_values(
-                            sums[r0 * v : r1 * v].reshape(shared, blocks, size), scores[r0:r1], x,
-                            block, scaled, scale, zero, found[0],
-                        )  # fmt: skip
+                where = (
+                    part, p == values, query, latent * shared, shared, scores, sums, queries,
+                    scales[p], zeros[p], scale_at, zero_at, scale, scale_bits, zero, found,
+                )  # fmt: skip
+                few = shared < WIDENED_ONCE
+                if few and form == BFLOAT16:
+                    x = halves[p][at : at + n * width]
+                    _meet(x.reshape(n, blocks, size), *where)
+                elif few and form == TOKEN_FORM and part[BITS] == 8:
+                    x = codes[p][at : at + n * width]
+                    _meet(x.reshape(n, blocks, size), *where)
+                else:
+                    x = _levels(
+                        part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,
+                        scale_at, zero_at, n, room, room_bits, factors, factor_bits,
+                    )  # fmt: skip
+                    _meet(x.reshape(n, blocks, size), *where)
 
 
 @compiled(parallel=True)

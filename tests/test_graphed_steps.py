@@ -65,6 +65,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "exact": {"v_dim": 32, "k_dim": 32},
     "8 bits": {"bits": 8, "sinks": 0, "window": 0},
     "sinks and window": {"bits": 4, "sinks": 2, "window": 5},
+    "by channel": {"bits": 4, "k_rotary_bits": 4, "sinks": 0, "window": 0},
     "values alone": {"v_dim": 32, "v_bits": 3, "sinks": 1, "window": 3},
 }
 IN_THE_INTERPRETER = (("gpt_neox", "sinks and window", True), ("llama", "8 bits", False))
@@ -264,6 +265,7 @@ def stepped(step: Any, model: Any, ids: Tensor, mask: Tensor, steps: int) -> lis
         (base, plan, padded)
         for base in BASES
         for plan in PLANS
+        if plan != "by channel"
         for padded in (False, True)
         if CUDA or (base, plan, padded) in IN_THE_INTERPRETER
     ],
@@ -282,6 +284,24 @@ def test_replayed_steps_are_a_models_steps(
     assert len(captured) <= (10 if CUDA else 3)  # rooms grow, and the mask
     for one, other in zip(found, stepped(model, model, ids, mask, STEPS), strict=True):
         assert (one - other).abs().max() < 0.02 * other.std()
+
+
+def test_a_prompt_too_short_to_pack_is_called_until_it_is_not(captured: Captured) -> None:
+    model, ids = model_of("gpt_neox", "sinks and window"), prompts(12)
+    mask = torch.ones_like(ids)
+    found = stepped(GraphedSteps(model), model, ids, mask, 8)  # behind 4 tokens, of 2 and 5
+    assert len(captured) == 1
+    for one, other in zip(found, stepped(model, model, ids, mask, 8), strict=True):
+        assert (one - other).abs().max() < 0.02 * other.std()
+
+
+def test_scales_by_channel_are_called(captured: Captured) -> None:
+    model, ids = model_of("gpt_neox", "by channel"), prompts(40)
+    mask = torch.ones_like(ids)
+    found = stepped(GraphedSteps(model), model, ids, mask, 3)
+    assert not captured
+    for one, other in zip(found, stepped(model, model, ids, mask, 3), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("plan", ["exact", "sinks and window"])

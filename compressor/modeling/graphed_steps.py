@@ -125,6 +125,8 @@ class Step:
         """
         tokens, moves = self.cache.get_seq_length() + 1, self.counted.moves
         place = self.counted.place() or self.counted.make_room()
+        if place is None:
+            return None
         if self.counted.moves > moves or not self._fit(inputs, tokens if masked else 0):
             self._given = _buffers(inputs, tokens * MASK_GROWTH if masked else 1)
             self._replay, self.counted.counts.masked = None, masked

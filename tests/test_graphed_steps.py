@@ -37,29 +37,18 @@ PROMPT, STEPS = (60, 150) if CUDA else (62, 4)  # the first room has 64 tokens
 BITS = "per token, a latent for each head"
 COUNTABLE = (BITS, "grouped queries, unequal groups", "only rotary keys, in bits")
 EXACT = LayerLayout(Part(2, 24), NopePart(2, 16), RotaryPart(2, 0))
+TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+}
 BASES = {
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=96,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        rotary_pct=0.25,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        eos_token_id=None,
-    ),
-    "llama": LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        eos_token_id=None,
-    ),
+    "gpt_neox": GPTNeoXConfig(**TINY, rotary_pct=0.25),
+    "llama": LlamaConfig(**TINY, num_key_value_heads=2),
 }
 PLANS: dict[str, dict[str, Any]] = {
     "exact": {"v_dim": 32, "k_dim": 32},

@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .cache import GrowingLayer, LatentCache
 from .packed_cache import PackedLayer, PackedPart
 from .packed_latents import Ageing, Counted, PackedLatents, StoredPart
+from .packed_rooms import PackedRooms
 from .room import Room
 from .step_counts import Place, StepCounts, common
 
@@ -59,9 +60,15 @@ class ExactPart:
 
 @dataclass(frozen=True)
 class AgeingPart:
-    """A part of which a token is packed whenever one comes."""
+    """A part of which a token is packed whenever one comes.
+
+    Attributes:
+        part: the whole of it.
+        rooms: of its packed tokens.
+    """
 
     part: PackedPart
+    rooms: PackedRooms
 
     def place(self) -> Place | None:
         """Return where the next token goes, and which one is packed then."""
@@ -76,24 +83,20 @@ class AgeingPart:
 
     def has_room(self) -> bool:
         """Whether there is room for one more token, new and packed."""
-        part = self.part
-        packed = part.packed is None or part.packed.codes.length < part.packed.codes.whole.shape[2]
-        return packed and part.recent.has_room
+        codes = self.rooms.codes
+        return codes.length < codes.whole.shape[2] and self.part.recent.has_room
 
     def make_room(self) -> None:
         """Have room for one more token."""
-        part = self.part
-        if part.packed is not None:
-            part.packed.reserve(part.packed.codes.length + 1, AHEAD)
-        part.recent.make_room()
+        self.rooms.reserve(self.rooms.codes.length + 1, AHEAD)
+        self.part.recent.make_room()
 
     def held(self) -> tuple[Tensor, ...]:
         """Return all memory."""
         part = self.part
-        rooms = [] if part.packed is None else [*part.packed.rooms]
-        rooms += [] if part.sinks.is_empty else [part.sinks]
-        tensors = [room.whole for room in rooms if not room.is_empty]
-        return (*tensors, part.recent.whole) if part.recent.keep else tuple(tensors)
+        rooms = (*self.rooms.rooms, part.sinks)
+        tensors = tuple(room.whole for room in rooms if not room.is_empty)
+        return (*tensors, part.recent.whole) if part.recent.keep else tensors
 
     def write(self, new: Tensor, counts: StepCounts) -> None:
         """Store a token [b, g, 1, width], and pack the one whose time has come."""
@@ -101,8 +104,7 @@ class AgeingPart:
         if self.part.recent.keep:
             source = self.part.recent.whole
             source.index_copy_(2, counts.at("recent"), new)
-        if self.part.packed is not None:
-            self.part.packed.write(source[:, :, :1], counts.at("source", 2))
+        self.rooms.write(source[:, :, :1], counts.at("source", 2))
 
     def stored(self) -> StoredPart:
         """Return what the query behind the next token reads."""
@@ -115,7 +117,7 @@ class AgeingPart:
             part.part.width,
             part.ageing,
             part.sinks.shown,
-            None if part.packed is None else part.packed.whole,
+            self.rooms.whole,
             part.ageing.packed_stop(tokens),
             exact,
             start,
@@ -127,7 +129,7 @@ Part = ExactPart | AgeingPart
 
 
 def _part(part: PackedPart) -> Part:
-    return ExactPart(part.exact) if part.quantizer is None else AgeingPart(part)
+    return ExactPart(part.exact) if part.packed is None else AgeingPart(part, part.packed)
 
 
 class CountedLayer(CacheLayerMixin):

@@ -21,7 +21,7 @@ try:
 except ImportError as missing:
     raise ImportError("the package triton is not installed, or too old") from missing
 
-from .decode_reading import element, length, read_scales, scores_shape, static, two_to
+from .decode_reading import element, length, read_scales, scores_shape, static
 from .decode_scores import masked_scores, part_scores, query_range, query_tiles
 from .decode_values import LIFT, add_values, store_sums, sums_shape, value_scales, values_of
 
@@ -197,7 +197,7 @@ def _attend_section(  # noqa: PLR0912
     store_sums(out, sums, lost, head, place, slots, slot, VALUES, SECTION)
     row = head * slots + slot + place
     tl.store(most_out + row, most, mask=head < SECTION.heads)
-    tl.store(norm_out + row, tl.sum(norm, 0) * two_to(-LIFT), mask=head < SECTION.heads)
+    tl.store(norm_out + row, tl.sum(norm, 0), mask=head < SECTION.heads)
 
 
 @triton.jit(do_not_specialize=CHANGING, do_not_specialize_on_alignment=CHANGING)
@@ -226,9 +226,9 @@ def attend(
     Args:
         query: [b, h, k]; heads and dimensions have the strides of ``SECTIONS``.
         query_b: stride of its sequences.
-        out: float32 [b, h, slots, v], the weighted sums.
+        out: float32 [b, h, slots, v], the weighted sums, times two to the power of ``LIFT``.
         most: float32 [b, h, slots], the power of two that they are relative to.
-        norm: float32 [b, h, slots], the sums of weights.
+        norm: float32 [b, h, slots], the sums of weights, lifted likewise.
         mask: of tokens, for ``MASK`` 1 (bytes, not 0 attends) and 2 (added to scores).
         mask_b: stride of its sequences.
         mask_h: stride of its heads.

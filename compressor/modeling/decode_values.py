@@ -163,4 +163,4 @@ def store_sums(
             kept = inside[:, None] & reads_latent(head, latent, TILE, SECTION)[None, :]
             kept = kept & (at[:, None] == place[None, :])
             row = (head * slots + slot + place) * TILE.width
-            tl.store(out + row[None, :] + code[:, None], found * two_to(-LIFT), mask=kept)
+            tl.store(out + row[None, :] + code[:, None], found, mask=kept)

@@ -2,10 +2,11 @@
 
 A unit of work is some tokens of one sequence and one group of heads. Latents are unpacked a few
 tokens at a time into levels, float32, that stay in a processor's nearest memory; all heads of the
-group read them there. Where few heads share a latent, bfloat16 numbers and codes of 8 bits become
-levels on their way into a product, and are written nowhere. A unit leaves the weighted sum of its
-values beside its norm and the power of two that both are relative to, and :func:`join` joins them.
-Scales and zero points of tokens are taken out of the products, as in :mod:`packed_products`.
+group read them there. Where few heads share a latent, bfloat16 numbers and codes of 8 and 4 bits
+become levels on their way into a product, and are written nowhere. A unit leaves the weighted sum
+of its values beside its norm and the power of two that both are relative to, and :func:`join`
+joins them. Scales and zero points of tokens are taken out of the products, as in
+:mod:`packed_products`.
 
 All jitted functions are in this file because numba's cache looks at one file only. Letters: r rows
 (queries of a group), n tokens, w width, B blocks of D dimensions that share a scale.
@@ -17,12 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .numba_compiled import compiled
+from .numba_lanes import added, as_number, high_lanes, holds_two, keep, lanes, spread, sum_of
 
 try:
     import numba
     import numpy as np
-    from llvmlite import ir
-    from numba.extending import intrinsic
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
@@ -62,20 +62,6 @@ def threads(count: int) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
-@intrinsic
-def _number(_context, stored):
-    """Return what is stored, float32, a bfloat16 as uint16 or a code as uint8, as float32."""
-
-    def codegen(_target, builder, _signature, arguments):
-        (found,) = arguments
-        if stored == numba.uint16:
-            wide = builder.zext(found, ir.IntType(32))
-            return builder.bitcast(builder.shl(wide, wide.type(16)), ir.FloatType())
-        return builder.uitofp(found, ir.FloatType()) if stored == numba.uint8 else found
-
-    return numba.float32(stored), codegen
-
-
 @compiled(fastmath=FAST)
 def _dots(q, x, block, out):
     """Write the products [n] of a query [D] with a block of levels [n, B, D].
@@ -86,13 +72,13 @@ def _dots(q, x, block, out):
     for t in range(0, whole, 2):
         one = two = np.float32(0)
         for j in range(x.shape[2]):
-            one += q[j] * _number(x[t, block, j])
-            two += q[j] * _number(x[t + 1, block, j])
+            one += q[j] * as_number(x[t, block, j])
+            two += q[j] * as_number(x[t + 1, block, j])
         out[t], out[t + 1] = one, two
     for t in range(whole, x.shape[0]):
         total = np.float32(0)
         for j in range(x.shape[2]):
-            total += q[j] * _number(x[t, block, j])
+            total += q[j] * as_number(x[t, block, j])
         out[t] = total
 
 
@@ -103,7 +89,7 @@ def _four_dots(q, x, block, out):
     for t in range(x.shape[0]):
         one = two = three = four = np.float32(0)
         for j in range(x.shape[2]):
-            number = _number(x[t, block, j])
+            number = as_number(x[t, block, j])
             one += a[j] * number
             two += b[j] * number
             three += c[j] * number
@@ -120,15 +106,75 @@ def _add(out, w, x, block):
         e, f, g, h = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
         for j in range(out.shape[0]):
             out[j] += (
-                a * _number(x[t, block, j]) + b * _number(x[t + 1, block, j])
-                + c * _number(x[t + 2, block, j]) + d * _number(x[t + 3, block, j])
+                a * as_number(x[t, block, j]) + b * as_number(x[t + 1, block, j])
+                + c * as_number(x[t + 2, block, j]) + d * as_number(x[t + 3, block, j])
             ) + (
-                e * _number(x[t + 4, block, j]) + f * _number(x[t + 5, block, j])
-                + g * _number(x[t + 6, block, j]) + h * _number(x[t + 7, block, j])
+                e * as_number(x[t + 4, block, j]) + f * as_number(x[t + 5, block, j])
+                + g * as_number(x[t + 6, block, j]) + h * as_number(x[t + 7, block, j])
             )  # fmt: skip
     for t in range(whole, x.shape[0]):
         for j in range(out.shape[0]):
-            out[j] += w[t] * _number(x[t, block, j])
+            out[j] += w[t] * as_number(x[t, block, j])
+
+
+@compiled(fastmath=FAST, inline="always")
+def _two_more(a, b, q, x, one, other, columns, j, count):
+    """Add to sums, side by side, the products of a query with bytes j of two tokens' codes."""
+    own = lanes(q, j, count)
+    a = added(own, lanes(x, one * columns + j, count), a)
+    b = added(own, lanes(x, other * columns + j, count), b)
+    own = lanes(q, columns + j, count)
+    a = added(own, high_lanes(x, one * columns + j, count), a)
+    b = added(own, high_lanes(x, other * columns + j, count), b)
+    return a, b
+
+
+@compiled(fastmath=FAST)
+def _dots_of_halves(q, x, out):
+    """Write the products [n] of a query [D] with codes of 4 bits, two in a byte [n, 1, D / 2]."""
+    n, columns, nothing = x.shape[0], x.shape[2], np.float32(0)
+    wide, half = columns // 8 * 8, columns // 4 * 4
+    x = x.reshape(x.size)
+    for t in range(0, n, 2):
+        last = min(t + 1, n - 1)
+        a = b = spread(nothing, 8)
+        for j in range(0, wide, 8):
+            a, b = _two_more(a, b, q, x, t, last, columns, j, 8)
+        c = d = spread(nothing, 4)
+        if half > wide:
+            c, d = _two_more(c, d, q, x, t, last, columns, wide, 4)
+        one, two = sum_of(a) + sum_of(c), sum_of(b) + sum_of(d)
+        for j in range(half, columns):
+            one, two = _two_more(one, two, q, x, t, last, columns, j, 1)
+        out[t], out[last] = one, two
+
+
+@compiled(fastmath=FAST, inline="always")
+def _add_some(out, w, x, start, stop, columns, j, count):
+    """Add to out the bytes j of some tokens' codes times weights."""
+    low, high = lanes(out, j, count), lanes(out, columns + j, count)
+    for t in range(start, stop):
+        own = spread(w[t], count)
+        low = added(own, lanes(x, t * columns + j, count), low)
+        high = added(own, high_lanes(x, t * columns + j, count), high)
+    keep(out, j, low, count)
+    keep(out, columns + j, high, count)
+
+
+@compiled(fastmath=FAST)
+def _add_halves(out, w, x):
+    """Add to out [D] codes of 4 bits, two in a byte [n, 1, D / 2], times weights [n]."""
+    n, columns = x.shape[0], x.shape[2]
+    wide, half = columns // 8 * 8, columns // 4 * 4
+    x = x.reshape(x.size)
+    for t in range(0, n, TOGETHER):
+        stop = min(t + TOGETHER, n)
+        for j in range(0, wide, 8):
+            _add_some(out, w, x, t, stop, columns, j, 8)
+        if half > wide:
+            _add_some(out, w, x, t, stop, columns, wide, 4)
+        for j in range(half, columns):
+            _add_some(out, w, x, t, stop, columns, j, 1)
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -293,7 +339,10 @@ def _add_scores(scores, query, x, block, scaled, scales, zeros, found):
     """Add to scores [r, n] the products of queries [r, D] with a block of levels [n, B, D]."""
     rows, n = query.shape[0], x.shape[0]
     for r in range(0, rows, 4):
-        if r + 4 <= rows:
+        if holds_two(x):
+            for s in range(r, min(r + 4, rows)):
+                _dots_of_halves(query[s], x, found[s - r])
+        elif r + 4 <= rows:
             _four_dots(query[r:], x, block, found)
         else:
             for s in range(r, rows):
@@ -336,7 +385,10 @@ def _add_values(sums, weights, x, block, scaled, scales, zeros, room):
         if scaled:
             lost = _scaled(own, x.shape[0], scales, zeros, room)
             own = room
-        _add(out, own, x, block)
+        if holds_two(x):
+            _add_halves(out, own, x)
+        else:
+            _add(out, own, x, block)
         if scaled:
             for j in range(out.shape[0]):
                 out[j] -= lost
@@ -364,9 +416,10 @@ def _meet(
 ):  # fmt: skip
     """Let the rows that share a latent, from ``start`` on, meet its levels [n, B, D].
 
-    These are float32, or what is stored: bfloat16 numbers, or codes of 8 bits.
+    These are float32, or what is stored as :mod:`numba_lanes` reads it.
     """
     n, blocks, size = x.shape
+    size = 2 * size if holds_two(x) else size
     k, v = query.shape[0] // scores.shape[0], sums.shape[0] // scores.shape[0]
     stop = start + shared
     scaled = part[FORM] in (TOKEN_FORM, NORMAL_FORM)
@@ -433,13 +486,16 @@ def _attend_some(
                     part, p == values, query, latent * shared, shared, scores, sums, queries,
                     scales[p], zeros[p], scale_at, zero_at, scale, scale_bits, zero, found,
                 )  # fmt: skip
-                few = shared < WIDENED_ONCE
+                few, row = shared < WIDENED_ONCE, part[ROW]
                 if few and form == BFLOAT16:
                     x = halves[p][at : at + n * width]
                     _meet(x.reshape(n, blocks, size), *where)
                 elif few and form == TOKEN_FORM and part[BITS] == 8:
                     x = codes[p][at : at + n * width]
                     _meet(x.reshape(n, blocks, size), *where)
+                elif few and form == TOKEN_FORM and part[BITS] == 4 and 2 * row == size:
+                    x = codes[p][at : at + n * row].view(np.int8)
+                    _meet(x.reshape(n, 1, row), *where)
                 else:
                     x = _levels(
                         part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,

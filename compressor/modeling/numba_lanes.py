@@ -1,0 +1,173 @@
+"""Runs of float32 numbers side by side in numba's kernels, for what LLVM finds no good form of.
+
+A kernel's rows are short and of a length that is known when it runs, so a loop over one that LLVM
+makes wide leaves half of it to its narrow end. Here the code says how wide: ``lanes(x, i, 8)``
+are 8 numbers from ``x[i]`` on, 4 is half of them, and 1 is a number. What is stored may be float32,
+a bfloat16 as uint16, a code of 8 bits as uint8, or two codes of 4 bits as int8: the low and the
+high half of a byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic, models, register_model
+except ImportError as missing:
+    raise ImportError("the package numba is not installed, or too old for numpy") from missing
+
+FLOAT, WORD = ir.FloatType(), ir.IntType(32)
+ANY_ORDER = ("reassoc", "contract", "nsz")
+
+
+class Lanes(types.Type):
+    """The type of so many float32 numbers side by side."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(f"Lanes({lanes})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(manager, lanes, _wide(FLOAT, lanes.lanes))
+
+
+def _wide(one: Any, width: int) -> Any:
+    return one if width == 1 else ir.VectorType(one, width)
+
+
+def _type(count: types.IntegerLiteral) -> Any:
+    return types.float32 if count.literal_value == 1 else Lanes(count.literal_value)
+
+
+def _splat(one: Any, number: float, width: int) -> Any:
+    return ir.Constant(_wide(one, width), number if width == 1 else [number] * width)
+
+
+def _loaded(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, Any]:
+    """Return what is stored in so many places of an array, and its type."""
+    array, _, count = signature.args
+    width, stored = count.literal_value, context.get_data_type(array.dtype)
+    data = context.make_array(array)(context, builder, arguments[0]).data
+    start = builder.gep(data, [arguments[1]])
+    place = builder.bitcast(start, _wide(stored, width).as_pointer())
+    return builder.load(place, align=array.dtype.bitwidth // 8), width
+
+
+@intrinsic
+def as_number(_context, stored):
+    """Return one that is stored, but for two codes in a byte, as float32."""
+
+    def codegen(_target, builder, _signature, arguments):
+        return _widened(builder, stored, arguments[0], 1)
+
+    return types.float32(stored), codegen
+
+
+def _widened(builder: Any, stored: Any, found: Any, width: int) -> Any:
+    """Return numbers, or low codes, of what is stored."""
+    if stored == types.float32:
+        return found
+    word = builder.zext(found, _wide(WORD, width))
+    if stored == types.uint16:
+        return builder.bitcast(builder.shl(word, _splat(WORD, 16, width)), _wide(FLOAT, width))
+    if stored == types.int8:
+        word = builder.and_(word, _splat(WORD, 15, width))
+    return builder.uitofp(word, _wide(FLOAT, width))
+
+
+@intrinsic(prefer_literal=True)
+def lanes(_context, x, i, count):
+    """Return numbers from ``x[i]`` on; of bytes that hold two codes the low ones."""
+
+    def codegen(context, builder, signature, arguments):
+        found, width = _loaded(context, builder, signature, arguments)
+        return _widened(builder, x.dtype, found, width)
+
+    return _type(count)(x, types.intp, count), codegen
+
+
+@intrinsic(prefer_literal=True)
+def high_lanes(_context, x, i, count):
+    """Return the high codes of bytes that hold two, from ``x[i]`` on; 0 for all others."""
+
+    def codegen(context, builder, signature, arguments):
+        width = count.literal_value
+        if x.dtype != types.int8:
+            return _splat(FLOAT, 0.0, width)
+        found, _ = _loaded(context, builder, signature, arguments)
+        word = builder.lshr(builder.zext(found, _wide(WORD, width)), _splat(WORD, 4, width))
+        return builder.uitofp(word, _wide(FLOAT, width))
+
+    return _type(count)(x, types.intp, count), codegen
+
+
+@intrinsic
+def holds_two(_context, x):
+    """Return whether each byte of an array holds two codes; known when compiling."""
+
+    def codegen(_target, _builder, _signature, _arguments):
+        return ir.Constant(ir.IntType(1), int(x.dtype == types.int8))
+
+    return types.boolean(x), codegen
+
+
+@intrinsic(prefer_literal=True)
+def spread(_context, number, count):
+    """Return one number so many times side by side."""
+
+    def codegen(_target, builder, _signature, arguments):
+        wide = _wide(FLOAT, count.literal_value)
+        if count.literal_value == 1:
+            return arguments[0]
+        nothing = ir.Constant(wide, ir.Undefined)
+        one = builder.insert_element(nothing, arguments[0], ir.Constant(WORD, 0))
+        return builder.shuffle_vector(one, nothing, _splat(WORD, 0, count.literal_value))
+
+    return _type(count)(types.float32, count), codegen
+
+
+@intrinsic
+def added(_context, a, b, to):
+    """Return ``a * b + to``."""
+
+    def codegen(_target, builder, _signature, arguments):
+        product = builder.fmul(arguments[0], arguments[1], flags=ANY_ORDER)
+        return builder.fadd(product, arguments[2], flags=ANY_ORDER)
+
+    return a(a, a, a), codegen
+
+
+@intrinsic
+def sum_of(_context, x):
+    """Return the sum of numbers side by side."""
+
+    def codegen(_target, builder, _signature, arguments):
+        if x == types.float32:
+            return arguments[0]
+        wide = _wide(FLOAT, x.lanes)
+        name = f"llvm.vector.reduce.fadd.v{x.lanes}f32"
+        kind = ir.FunctionType(FLOAT, [FLOAT, wide])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, name)
+        return builder.call(reduce, [ir.Constant(FLOAT, -0.0), arguments[0]], fastmath=ANY_ORDER)
+
+    return types.float32(x), codegen
+
+
+@intrinsic(prefer_literal=True)
+def keep(_context, x, i, wide, count):
+    """Write numbers that are side by side to ``x[i]`` and after it."""
+
+    def codegen(context, builder, signature, arguments):
+        array, width = signature.args[0], count.literal_value
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), _wide(FLOAT, width).as_pointer())
+        builder.store(arguments[2], place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, _type(count), count), codegen

@@ -18,7 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .numba_compiled import compiled
-from .numba_lanes import added, as_number, high_lanes, holds_two, keep, lanes, spread, sum_of
+from .numba_lanes import (
+    added,
+    as_number,
+    high_lanes,
+    holds_two,
+    keep,
+    lanes,
+    spread,
+    sum_of,
+    unpacked,
+)
 
 try:
     import numba
@@ -257,6 +267,46 @@ def _codes(packed, out, bits):
 
 
 @compiled()
+def _runs(part):
+    """Return how many codes a word has of latents that are read word by word, 1 for all others.
+
+    Such are codes of 3 and 2 bits with one scale for each token. In a word they are far apart from
+    each other in the latent; queries and sums are put into their order.
+    """
+    words = part[FORM] in (TOKEN_FORM, NORMAL_FORM) and part[BLOCKS] == 1 and part[BITS] < 4
+    if not words:
+        return 1
+    return 8 if part[BITS] == 3 else 4
+
+
+@compiled()
+def _words(packed, out, runs):
+    """Write codes packed in words [n, bytes, columns] as numbers, [n, columns, runs] in a row."""
+    columns = packed.shape[2]
+    for t in range(packed.shape[0]):
+        for j in range(columns):
+            word = np.uint32(packed[t, 0, j])
+            if runs == 8:
+                word |= np.uint32(packed[t, 1, j]) << np.uint32(8)
+                word |= np.uint32(packed[t, 2, j]) << np.uint32(16)
+                keep(out, (t * columns + j) * 8, unpacked(word, 3, 8), 8)
+            else:
+                keep(out, (t * columns + j) * 4, unpacked(word, 2, 4), 4)
+
+
+@compiled()
+def _levels_of_words(part, curve, codes, at, n, runs, room):
+    """Return the levels [n, columns, runs] in a row of n latents that begin at ``at``."""
+    row = part[ROW]
+    columns = row // 3 if runs == 8 else row
+    out = room[: n * columns * runs]
+    _words(codes[at : at + n * row].reshape(n, row // columns, columns), out, runs)
+    if part[FORM] == NORMAL_FORM:
+        _bend(out, np.float32((2 ** part[BITS] - 1) / 2), curve[0], curve[1])
+    return out
+
+
+@compiled()
 def _bytes(x, out):
     for j in range(x.shape[0]):
         out[j] = np.float32(x[j])
@@ -409,14 +459,21 @@ def _weigh(scores, n, marks, sums, room, bits):
                 sums[j] *= kept
 
 
+@compiled()
+def _place(j, runs, size):
+    """Return which dimension is number j of a latent in the order of words."""
+    return j % runs * (size // runs) + j // runs
+
+
 @compiled(fastmath=FAST)
 def _meet(
-    x, part, is_value, query, start, shared, scores, sums, queries, scales, zeros, scale_at,
+    x, part, runs, is_value, query, start, shared, scores, sums, queries, scales, zeros, scale_at,
     zero_at, scale, scale_bits, zero, found,
 ):  # fmt: skip
     """Let the rows that share a latent, from ``start`` on, meet its levels [n, B, D].
 
-    These are float32, or what is stored as :mod:`numba_lanes` reads it.
+    These are float32, or what is stored as :mod:`numba_lanes` reads it. They are in the order of
+    words of so many ``runs``, or of the latent.
     """
     n, blocks, size = x.shape
     size = 2 * size if holds_two(x) else size
@@ -436,8 +493,33 @@ def _meet(
             first = part[FIRST] + block * size
             for r in range(shared):
                 for j in range(size):
-                    own[r, j] = query[(start + r) * k + first + j]
+                    dim = _place(j, runs, size)
+                    inside = dim < part[WIDTH]  # the last words may not be full
+                    own[r, j] = query[(start + r) * k + first + dim] if inside else np.float32(0)
             _add_scores(scores[start:stop], own, x, block, scaled, scale, zero, found)
+
+
+@compiled()
+def _put_in_order(held, runs, sums, rows):
+    """Write sums [r * v] of values that are held in the order of words."""
+    size, v = held.shape[0] // rows, sums.shape[0] // rows
+    for r in range(rows):
+        for j in range(size):
+            dim = _place(j, runs, size)
+            if dim < v:
+                sums[r * v + dim] = held[r * size + j]
+
+
+@compiled()
+def _begin(scores, mask, b, group, low, n):
+    """Write to scores [r, n] what the mask adds to them."""
+    scores[:] = 0
+    if mask.shape[0]:
+        own = mask[min(b, mask.shape[0] - 1)]
+        for r in range(scores.shape[0]):
+            head = min(group * scores.shape[0] + r, own.shape[0] - 1)
+            for t in range(n):
+                scores[r, t] = own[head, low + t]
 
 
 @compiled()
@@ -453,29 +535,27 @@ def _attend_some(
     scale, scale_bits = room[levels:], room_bits[levels:]
     factors, factor_bits = room[levels + step :], room_bits[levels + step :]
     scores, found = np.empty((rows, step), np.float32), np.empty((4, step), np.float32)
-    zero, queries = np.zeros(step, np.float32), np.empty(rows * most, np.float32)
-    sums[:] = 0
+    zero, queries = np.zeros(step, np.float32), np.empty(rows * (most + SPARE), np.float32)
+    order = _runs(table[values])
+    size = -(-table[values, WIDTH] // order) * order
+    held = np.empty(rows * size, np.float32) if order > 1 else sums
+    held[:] = 0
     marks[:rows] = NOTHING
     marks[rows:] = 0
     for low in range(start, stop, step):
         n = min(step, stop - low)
-        scores[:] = 0
-        if mask.shape[0]:
-            masked = mask[min(b, mask.shape[0] - 1)]
-            for r in range(rows):
-                head = min(group * rows + r, masked.shape[0] - 1)
-                for t in range(n):
-                    scores[r, t] = masked[head, low + t]
+        _begin(scores, mask, b, group, low, n)
         for p in range(values + 1):
             part, latents, width = table[p], table[p, LATENTS], table[p, WIDTH]
             if width == 0:
                 continue
             if p == values:
-                _weigh(scores, n, marks, sums, room, room_bits)
+                _weigh(scores, n, marks, held, room, room_bits)
             form = part[FORM]
             scaled = form in (TOKEN_FORM, NORMAL_FORM)
             blocks, shared = part[BLOCKS] if scaled else 1, rows // latents
-            size = width // blocks
+            runs = _runs(part)
+            size = -(-width // runs) * runs // blocks
             for latent in range(latents):
                 g = group * latents + latent
                 at = part[CODES] + b * part[CODES_B] + g * part[CODES_G] + low * part[ROW]
@@ -483,7 +563,7 @@ def _attend_some(
                 scale_at = part[SCALE] + b * part[SCALE_B] + g * part[SCALE_G] + stored
                 zero_at = part[ZERO] + b * part[ZERO_B] + g * part[ZERO_G] + stored
                 where = (
-                    part, p == values, query, latent * shared, shared, scores, sums, queries,
+                    part, runs, p == values, query, latent * shared, shared, scores, held, queries,
                     scales[p], zeros[p], scale_at, zero_at, scale, scale_bits, zero, found,
                 )  # fmt: skip
                 few, row = shared < WIDENED_ONCE, part[ROW]
@@ -496,12 +576,17 @@ def _attend_some(
                 elif few and form == TOKEN_FORM and part[BITS] == 4 and 2 * row == size:
                     x = codes[p][at : at + n * row].view(np.int8)
                     _meet(x.reshape(n, 1, row), *where)
+                elif runs > 1:
+                    x = _levels_of_words(part, curves[p], codes[p], at, n, runs, room)
+                    _meet(x.reshape(n, blocks, size), *where)
                 else:
                     x = _levels(
                         part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,
                         scale_at, zero_at, n, room, room_bits, factors, factor_bits,
                     )  # fmt: skip
                     _meet(x.reshape(n, blocks, size), *where)
+    if order > 1:
+        _put_in_order(held, order, sums, rows)
 
 
 @compiled(parallel=True)

@@ -118,6 +118,23 @@ def holds_two(_context, x):
 
 
 @intrinsic(prefer_literal=True)
+def unpacked(_context, word, bits, count):
+    """Return codes of so many bits that follow each other in a word, uint32, from its lowest on."""
+
+    def codegen(_target, builder, _signature, arguments):
+        width, own = count.literal_value, bits.literal_value
+        wide = _wide(WORD, width)
+        nothing = ir.Constant(wide, ir.Undefined)
+        one = builder.insert_element(nothing, arguments[0], ir.Constant(WORD, 0))
+        words = builder.shuffle_vector(one, nothing, _splat(WORD, 0, width))
+        shifts = ir.Constant(wide, [own * lane for lane in range(width)])
+        codes = builder.and_(builder.lshr(words, shifts), _splat(WORD, 2**own - 1, width))
+        return builder.uitofp(codes, _wide(FLOAT, width))
+
+    return _type(count)(types.uint32, bits, count), codegen
+
+
+@intrinsic(prefer_literal=True)
 def spread(_context, number, count):
     """Return one number so many times side by side."""
 

@@ -33,6 +33,7 @@ from .numba_lanes import (
 try:
     import numba
     import numpy as np
+    from numba.extending import overload
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
@@ -185,6 +186,39 @@ def _add_halves(out, w, x):
             _add_some(out, w, x, t, stop, columns, wide, 4)
         for j in range(half, columns):
             _add_some(out, w, x, t, stop, columns, j, 1)
+
+
+def products(q, x, block, out):
+    """Write the products [n] of a query [D] with a block of what is stored; in kernels alone."""
+
+
+def four_products(q, x, block, out):
+    """Write the products [4, n] of queries [4, D] likewise."""
+
+
+def weighted(out, w, x, block):
+    """Add to out [D] a block of what is stored times weights [n]."""
+
+
+@overload(products, inline="always")
+def _chosen_products(q, x, block, out):
+    if x.dtype == numba.int8:
+        return lambda q, x, block, out: _dots_of_halves(q, x, out)
+    return lambda q, x, block, out: _dots(q, x, block, out)
+
+
+@overload(four_products, inline="always")
+def _chosen_four_products(q, x, block, out):
+    if x.dtype == numba.float32:
+        return lambda q, x, block, out: _four_dots(q, x, block, out)
+    return lambda q, x, block, out: None  # fewer read what is not float32: WIDENED_ONCE
+
+
+@overload(weighted, inline="always")
+def _chosen_weighted(out, w, x, block):
+    if x.dtype == numba.int8:
+        return lambda out, w, x, block: _add_halves(out, w, x)
+    return lambda out, w, x, block: _add(out, w, x, block)
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -389,14 +423,11 @@ def _add_scores(scores, query, x, block, scaled, scales, zeros, found):
     """Add to scores [r, n] the products of queries [r, D] with a block of levels [n, B, D]."""
     rows, n = query.shape[0], x.shape[0]
     for r in range(0, rows, 4):
-        if holds_two(x):
-            for s in range(r, min(r + 4, rows)):
-                _dots_of_halves(query[s], x, found[s - r])
-        elif r + 4 <= rows:
-            _four_dots(query[r:], x, block, found)
+        if r + 4 <= rows:
+            four_products(query[r:], x, block, found)
         else:
             for s in range(r, rows):
-                _dots(query[s], x, block, found[s - r])
+                products(query[s], x, block, found[s - r])
         for s in range(r, min(r + 4, rows)):
             to, own = scores[s], found[s - r]
             if scaled:
@@ -435,10 +466,7 @@ def _add_values(sums, weights, x, block, scaled, scales, zeros, room):
         if scaled:
             lost = _scaled(own, x.shape[0], scales, zeros, room)
             own = room
-        if holds_two(x):
-            _add_halves(out, own, x)
-        else:
-            _add(out, own, x, block)
+        weighted(out, own, x, block)
         if scaled:
             for j in range(out.shape[0]):
                 out[j] -= lost

@@ -40,13 +40,18 @@ def task_names(text: str) -> list[str]:
 
 
 def run_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, batch: int = 8
-) -> dict[str, dict[str, float]]:
-    """Return every metric of every task, ``{task: {metric: value}}``.
+    models: Sequence[Any],
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch: int = 8,
+) -> list[dict[str, dict[str, float]]]:
+    """Return every metric of every task, ``{task: {metric: value}}``, of each model.
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: its own.
+        models: causal language models of transformers.
+        tokenizer: theirs.
         tasks: names, or absolute paths of YAML files.
         limit: examples of each task, None for all.
         batch: sequences at a time.
@@ -57,18 +62,29 @@ def run_tasks(
     require_installed()
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    try:
-        answer = lm_eval.simple_evaluate(
-            wrapped, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=False
-        )
-    except (KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"lm_eval could not run the tasks: {reason}", "lm_eval ls tasks"
-        ) from error
-    return {task: _figures(found) for task, found in (answer or {})["results"].items()}
+    index = TaskManager()  # of all tasks there are; it takes seconds
+    answers = []
+    for model in models:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        try:
+            answer = lm_eval.simple_evaluate(
+                wrapped,
+                tasks=list(tasks),
+                task_manager=index,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        except (KeyError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"lm_eval could not run the tasks: {reason}", "lm_eval ls tasks"
+            ) from error
+        found = (answer or {})["results"]
+        answers.append({task: _figures(figures) for task, figures in found.items()})
+    return answers
 
 
 def compared(

@@ -40,15 +40,14 @@ EXACT = LayerLayout(Part(2, 24), NopePart(2, 16), RotaryPart(2, 0))
 TINY: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 96,
     "max_position_embeddings": 512,
     "eos_token_id": None,
 }
 BASES = {
-    "gpt_neox": GPTNeoXConfig(**TINY, rotary_pct=0.25),
-    "llama": LlamaConfig(**TINY, num_key_value_heads=2),
+    "gpt_neox": GPTNeoXConfig(**TINY, rotary_pct=0.25, num_hidden_layers=2 if CUDA else 1),
+    "llama": LlamaConfig(**TINY, num_key_value_heads=2, num_hidden_layers=2),
 }
 PLANS: dict[str, dict[str, Any]] = {
     "exact": {"v_dim": 32, "k_dim": 32},

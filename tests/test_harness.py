@@ -58,7 +58,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     module.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     huggingface = types.ModuleType("lm_eval.models.huggingface")
     huggingface.HFLM = lambda **given: given["pretrained"]  # type: ignore[attr-defined]
-    for name, made in {"lm_eval": module, "lm_eval.models.huggingface": huggingface}.items():
+    tasks = types.ModuleType("lm_eval.tasks")
+    tasks.TaskManager = object  # type: ignore[attr-defined]
+    stand_ins = {
+        "lm_eval": module,
+        "lm_eval.models.huggingface": huggingface,
+        "lm_eval.tasks": tasks,
+    }
+    for name, made in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, made)
     monkeypatch.setitem(sys.modules, "lm_eval.models", types.ModuleType("lm_eval.models"))
     monkeypatch.setattr(harness, "find_spec", lambda _name: object())
@@ -81,6 +88,7 @@ def test_base_and_compressed_answer_the_same_tasks(
         "VDGPTNeoXForCausalLM",
     ]
     assert {call["limit"] for call in asked} == {4}
+    assert len({call["task_manager"] for call in asked}) == 1  # its index takes seconds to build
     shown = vdcompress("evaluate", tiny_run, "--lm-eval", "own")
     assert "lm-evaluation-harness" in shown.out
 

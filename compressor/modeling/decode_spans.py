@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .decode_tiles import EXACT
 from .packed_latents import PackedLatents, StoredPart
+
+HALVES = (torch.float16, torch.bfloat16)  # what the kernel on CUDA reads of numbers
 
 
 class PartTokens(NamedTuple):

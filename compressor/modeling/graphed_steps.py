@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .attention import NAME as ATTENTION
 from .cache import LatentCache
 from .counted_cache import CountedCache
+from .decode_spans import HALVES
 from .own_cache import CACHE_NAMES, with_own_cache
 from .step_counts import Place
 
@@ -25,7 +26,6 @@ logger = logging.get_logger(__name__)
 OUTPUT_CACHE = next(
     name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__
 )
-HALVES = (torch.float16, torch.bfloat16)
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 MASK_GROWTH = 2  # tokens that a mask has room for: bytes, that are few beside a cache
 KNOWN = {IDS, MASK, POSITIONS, *CACHE_NAMES, "use_cache", "return_dict", "logits_to_keep"}

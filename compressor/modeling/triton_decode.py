@@ -20,12 +20,11 @@ from torch import Tensor
 from .decode_kernels import attend, join
 from .decode_sections import Query, form_of, sections_for
 from .decode_settings import LEAST_BLOCKS, Settings
-from .decode_spans import PartTokens, Span, exact, spans_of
+from .decode_spans import HALVES, PartTokens, Span, exact, spans_of
 from .decode_tiles import Section, power_of_two
 from .packed_latents import Counted, PackedLatents
 
 INTERPRETED = type(attend).__name__ == "InterpretedFunction"
-HALVES = (torch.float16, torch.bfloat16)
 MOST_HEADS = 64  # of one latent, whose queries are held at once
 MANY_PROGRAMS = 8  # of a pair: enough that short spans have some of their own
 JOINED_NUMBERS = 8192  # that are joined at a time

@@ -72,8 +72,6 @@ def _on_tasks(
     compressed: Compressed, base: Base, tasks: Sequence[str], limit: int | None
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run tasks of lm-evaluation-harness on both models."""
-    before, after = (
-        harness.run_tasks(model, compressed.tokenizer, tasks, limit=limit)
-        for model in (base.model, compressed.model)
-    )
+    models = (base.model, compressed.model)
+    before, after = harness.run_tasks(models, compressed.tokenizer, tasks, limit=limit)
     return harness.compared(before, after)

@@ -8,7 +8,8 @@ of its values beside its norm and the power of two that both are relative to, an
 joins them. Scales and zero points of tokens are taken out of the products, as in
 :mod:`packed_products`.
 
-All jitted functions are in this file because numba's cache looks at one file only. Letters: r rows
+All jitted functions are in this file because numba's cache looks at one file only; what makes
+LLVM's instructions is in :mod:`numba_lanes`. Letters: r rows
 (queries of a group), n tokens, w width, B blocks of D dimensions that share a scale.
 """
 

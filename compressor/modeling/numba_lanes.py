@@ -5,6 +5,9 @@ makes wide leaves half of it to its narrow end. Here the code says how wide: ``l
 are 8 numbers from ``x[i]`` on, 4 is half of them, and 1 is a number. What is stored may be float32,
 a bfloat16 as uint16, a code of 8 bits as uint8, or two codes of 4 bits as int8: the low and the
 high half of a byte.
+
+numba keeps what it compiled until :mod:`numba_kernels` changes: whoever changes this file must
+touch that one.
 """
 
 from __future__ import annotations
@@ -49,14 +52,26 @@ def _splat(one: Any, number: float, width: int) -> Any:
     return ir.Constant(_wide(one, width), number if width == 1 else [number] * width)
 
 
-def _loaded(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, Any]:
-    """Return what is stored in so many places of an array, and its type."""
-    array, _, count = signature.args
-    width, stored = count.literal_value, context.get_data_type(array.dtype)
+def _repeated(builder: Any, one: Any, number: Any, width: int) -> Any:
+    """Return a number, whose type is ``one``, so many times side by side."""
+    if width == 1:
+        return number
+    nothing = ir.Constant(_wide(one, width), ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(first, nothing, _splat(WORD, 0, width))
+
+
+def _place(context: Any, builder: Any, array: Any, arguments: Any, width: int) -> Any:
+    """Return the address of ``x[i]``, the first arguments, and of what follows it."""
     data = context.make_array(array)(context, builder, arguments[0]).data
-    start = builder.gep(data, [arguments[1]])
-    place = builder.bitcast(start, _wide(stored, width).as_pointer())
-    return builder.load(place, align=array.dtype.bitwidth // 8), width
+    stored = _wide(context.get_data_type(array.dtype), width)
+    return builder.bitcast(builder.gep(data, [arguments[1]]), stored.as_pointer())
+
+
+def _loaded(context: Any, builder: Any, array: Any, arguments: Any, width: int) -> Any:
+    """Return what is stored from ``x[i]`` on."""
+    place = _place(context, builder, array, arguments, width)
+    return builder.load(place, align=array.dtype.bitwidth // 8)
 
 
 @intrinsic
@@ -85,8 +100,9 @@ def _widened(builder: Any, stored: Any, found: Any, width: int) -> Any:
 def lanes(_context, x, i, count):
     """Return numbers from ``x[i]`` on; of bytes that hold two codes the low ones."""
 
-    def codegen(context, builder, signature, arguments):
-        found, width = _loaded(context, builder, signature, arguments)
+    def codegen(context, builder, _signature, arguments):
+        width = count.literal_value
+        found = _loaded(context, builder, x, arguments, width)
         return _widened(builder, x.dtype, found, width)
 
     return _type(count)(x, types.intp, count), codegen
@@ -94,13 +110,11 @@ def lanes(_context, x, i, count):
 
 @intrinsic(prefer_literal=True)
 def high_lanes(_context, x, i, count):
-    """Return the high codes of bytes that hold two, from ``x[i]`` on; 0 for all others."""
+    """Return the high codes of bytes that hold two, from ``x[i]`` on."""
 
-    def codegen(context, builder, signature, arguments):
+    def codegen(context, builder, _signature, arguments):
         width = count.literal_value
-        if x.dtype != types.int8:
-            return _splat(FLOAT, 0.0, width)
-        found, _ = _loaded(context, builder, signature, arguments)
+        found = _loaded(context, builder, x, arguments, width)
         word = builder.lshr(builder.zext(found, _wide(WORD, width)), _splat(WORD, 4, width))
         return builder.uitofp(word, _wide(FLOAT, width))
 
@@ -123,11 +137,8 @@ def unpacked(_context, word, bits, count):
 
     def codegen(_target, builder, _signature, arguments):
         width, own = count.literal_value, bits.literal_value
-        wide = _wide(WORD, width)
-        nothing = ir.Constant(wide, ir.Undefined)
-        one = builder.insert_element(nothing, arguments[0], ir.Constant(WORD, 0))
-        words = builder.shuffle_vector(one, nothing, _splat(WORD, 0, width))
-        shifts = ir.Constant(wide, [own * lane for lane in range(width)])
+        words = _repeated(builder, WORD, arguments[0], width)
+        shifts = ir.Constant(_wide(WORD, width), [own * lane for lane in range(width)])
         codes = builder.and_(builder.lshr(words, shifts), _splat(WORD, 2**own - 1, width))
         return builder.uitofp(codes, _wide(FLOAT, width))
 
@@ -139,12 +150,7 @@ def spread(_context, number, count):
     """Return one number so many times side by side."""
 
     def codegen(_target, builder, _signature, arguments):
-        wide = _wide(FLOAT, count.literal_value)
-        if count.literal_value == 1:
-            return arguments[0]
-        nothing = ir.Constant(wide, ir.Undefined)
-        one = builder.insert_element(nothing, arguments[0], ir.Constant(WORD, 0))
-        return builder.shuffle_vector(one, nothing, _splat(WORD, 0, count.literal_value))
+        return _repeated(builder, FLOAT, arguments[0], count.literal_value)
 
     return _type(count)(types.float32, count), codegen
 
@@ -180,10 +186,8 @@ def sum_of(_context, x):
 def keep(_context, x, i, wide, count):
     """Write numbers that are side by side to ``x[i]`` and after it."""
 
-    def codegen(context, builder, signature, arguments):
-        array, width = signature.args[0], count.literal_value
-        data = context.make_array(array)(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), _wide(FLOAT, width).as_pointer())
+    def codegen(context, builder, _signature, arguments):
+        place = _place(context, builder, x, arguments, count.literal_value)
         builder.store(arguments[2], place, align=4)
         return context.get_dummy_value()
 

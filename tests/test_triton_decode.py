@@ -151,7 +151,8 @@ def test_what_is_counted_looks_alike_to_triton_at_every_step() -> None:
 
 
 def test_joining_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_decode, "JOINED_NUMBERS", 64)  # 16 of 40 dimensions, of 4 slots
+    for numbers in ("FEW_NUMBERS", "JOINED_NUMBERS"):
+        monkeypatch.setattr(triton_decode, numbers, 64)  # 16 of 40 dimensions, of 4 slots
     key, value = (2, 40, "per_token", 4), (2, 40, "per_token", 4)
     query, spans = case([key], value, 600, 2, torch.float16)
     check(query, spans, programs=400)

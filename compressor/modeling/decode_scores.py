@@ -30,6 +30,7 @@ from .decode_reading import (
 
 CODE = tl.constexpr(2.0**24)  # a code over its fp16 number that is not normalised
 LEAST_ROWS = tl.constexpr(16)  # of a product
+ONES_CHAINS = tl.constexpr(4)  # sums of queries that run side by side
 
 
 @triton.constexpr_function
@@ -90,6 +91,15 @@ def query_range(query, head, SECTION: tl.constexpr):
 
 
 @triton.jit
+def added_up(chains):
+    """Return the sum of what ran side by side."""
+    found = chains[0]
+    for c in tl.static_range(1, length(chains)):
+        found += chains[c]
+    return found
+
+
+@triton.jit
 def query_tiles(
     query,
     shrink,
@@ -111,14 +121,17 @@ def query_tiles(
                 _query_tile(query, shrink, head, place, latent, t, TILE, SECTION, UPCAST),
             )
         for block in tl.static_range(static(TILE.blocks)):
-            total = tl.zeros([LEAST_ROWS, static(SECTION.columns)], tl.float32)
+            chains = ()
+            for _ in tl.static_range(ONES_CHAINS):
+                chains = chains + (tl.zeros([LEAST_ROWS, static(SECTION.columns)], tl.float32),)
             if TILE.has_zero and not TILE.by_channel:
                 for t in tl.static_range(length(TILE.terms)):
                     if TILE.terms[t][0] == block:
                         tile = tiles[latent * length(TILE.terms) + t]
                         power = two_to(field_of(TILE, t).position)
                         ones = tl.full([LEAST_ROWS, tile.shape[0]], power, tile.dtype)
-                        total = tl.dot(ones, tile, total)
+                        chains = chains[1:] + (tl.dot(ones, tile, chains[0]),)
+            total = added_up(chains)
             sums = sums + (tl.sum(total, 0) * (TILE.zero_unit / LEAST_ROWS),)
     return tiles, sums
 
@@ -154,7 +167,7 @@ def _product_by_channel(
 
 
 @triton.jit
-def part_scores(  # noqa: PLR0912
+def part_scores(
     part,
     tiles,
     sums,
@@ -200,9 +213,7 @@ def part_scores(  # noqa: PLR0912
                         chains = (chains[0] + added,)
                     else:
                         chains = chains[1:] + (tl.dot(field, tile, chains[0]),)
-            found = chains[0]
-            for c in tl.static_range(1, length(chains)):
-                found += chains[c]
+            found = added_up(chains)
             if TILE.exact:
                 total += found
             elif TILE.by_channel:

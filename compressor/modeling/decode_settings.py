@@ -29,7 +29,7 @@ LEAST_BLOCKS = 4  # of a program
 TABLE = {
     (16, 8): Settings(16, 1, 3, 4),
     (8, 8): Settings(16, 1, 4, 4),
-    (4, 8): Settings(16, 1, 3, 4),
+    (4, 8): Settings(16, 1, 4, 4),
     (3, 8): Settings(32, 2, 3, 4),
     (2, 8): Settings(16, 1, 4, 8),
     (8, 4): Settings(32, 1, 3, 4),
@@ -42,7 +42,7 @@ TABLE = {
     (3, 2): Settings(64, 2, 3, 4),
     (2, 2): Settings(64, 2, 3, 4),
     (16, 1): Settings(32, 2, 3, 4),
-    (8, 1): Settings(32, 1, 3, 4),
+    (8, 1): Settings(32, 1, 3, 3),
     (4, 1): Settings(32, 1, 3, 4),
     (3, 1): Settings(32, 1, 3, 4),
     (2, 1): Settings(32, 1, 3, 4),

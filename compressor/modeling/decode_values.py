@@ -153,7 +153,7 @@ def store_sums(
             if TILE.has_zero and not TILE.by_channel:
                 zero = tl.sum(lost[latent * TILE.blocks + TILE.terms[t][0]], 0) * TILE.zero_unit
                 code = CODE * two_to(-field_of(TILE, t).position)
-                found = found * code - zero[None, :]
+                found = tl.fma(found, code, -zero[None, :])
             elif not (TILE.exact or TILE.normal or TILE.by_channel):
                 found = found * (CODE * two_to(-field_of(TILE, t).position))
             at, code, inside = codes_of_units(

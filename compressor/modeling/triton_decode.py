@@ -27,9 +27,10 @@ from .packed_latents import Counted, PackedLatents
 INTERPRETED = type(attend).__name__ == "InterpretedFunction"
 MOST_HEADS = 64  # of one latent, whose queries are held at once
 MANY_PROGRAMS = 8  # of a pair: enough that short spans have some of their own
-JOINED_NUMBERS = 8192  # that are joined at a time
+JOINED_NUMBERS = 8192  # that a program joins at a time, at most
+FEW_NUMBERS = 1024  # that one joins if its slots are few: one warp has no other to wait for
 LEAST_JOINED = 16  # dimensions of a program that joins
-JOINING_WARPS = 4  # so few that it finds room beside the programs that it waits for
+NUMBERS_OF_WARP = 2048  # that it holds
 
 
 def attend_packed(
@@ -105,7 +106,7 @@ def decode(
     kind, mask, mask_b, mask_h = _mask(mask, query)
     output = torch.empty(b, h, 1, width, dtype=query.dtype, device=query.device)
     early = launches_early(query.device)
-    room = min(power_of_two(width), max(LEAST_JOINED, JOINED_NUMBERS // power_of_two(slots)))
+    room = min(power_of_two(width), max(LEAST_JOINED, FEW_NUMBERS // power_of_two(slots)))
     step = min(power_of_two(slots), JOINED_NUMBERS // room)
     sizes = {"WIDTH": width, "ROOM": room, "STEP": step, "EARLY": early}
     sizes |= {"launch_pdl": True} if early else {}
@@ -142,7 +143,7 @@ def decode(
             out if counted is None else counts,
             **sizes,
             COUNTED=counted is not None,
-            num_warps=JOINING_WARPS,
+            num_warps=max(1, room * step // NUMBERS_OF_WARP),
         )
     return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from decode_reference import drawn, sides
 from naive_packed import LAYERS
 from vdcompress.modeling import attention
 from vdcompress.modeling.decode_cutting import MANTISSA, tile, tokens_per_row
-from vdcompress.modeling.decode_settings import TABLE, settings_for
+from vdcompress.modeling.decode_settings import MIXED_PROGRAMS, TABLE, settings_for
 from vdcompress.modeling.decode_spans import spans_of
 from vdcompress.modeling.decode_tiles import Section, Tile
 from vdcompress.modeling.packed_cache import PackedLayer
@@ -128,11 +129,14 @@ def test_an_exported_folder_carries_the_kernel_and_loads_without_triton() -> Non
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
-@pytest.mark.parametrize("bits", [(16,), (8, 4), (5,), (2, 2)])
+@pytest.mark.parametrize("bits", [(16,), (8, 4), (8, 8), (4, 2), (5,), (2, 2)])
 def test_every_layer_has_settings(bits: tuple[int, ...], tokens: int) -> None:
     most = min(each for each in (2, 3, 4, 8, 16) if each >= max(bits))
     row = 2 if (most, tokens) == (16, 4) else tokens
-    assert settings_for(bits, tokens) == TABLE[most, row]
+    found = settings_for(bits, tokens)
+    assert replace(found, programs=0) == replace(TABLE[most, row], programs=0)
+    mixed = len(set(bits)) > 1
+    assert found.programs == (MIXED_PROGRAMS if mixed else TABLE[most, row].programs)
 
 
 @pytest.mark.parametrize(("heads", "ahead", "words"), [(8, 0, 1), (4, 1, 0), (2, 0, 0), (1, 0, 0)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Settings:
 
 
 LEAST_BLOCKS = 4  # of a program
+MIXED_PROGRAMS = 4  # where parts differ in bits
 # by the most bits of a part, and how many latents a row holds
 TABLE = {
     (16, 8): Settings(16, 1, 3, 4),
@@ -53,7 +54,7 @@ BY_CHANNEL = Settings(32, 1, 3, 8)  # whose rows are a group of tokens
 
 
 def settings_for(bits: tuple[int, ...], tokens: int) -> Settings:
-    """Return the settings.
+    """Return the settings for the most bits of a part.
 
     Args:
         bits: of each part's numbers.
@@ -61,4 +62,5 @@ def settings_for(bits: tuple[int, ...], tokens: int) -> Settings:
     """
     known = {key for key, _ in TABLE}
     most = min(each for each in known if each >= min(max(bits), max(known)))
-    return TABLE[most, max(room for key, room in TABLE if key == most and room <= tokens)]
+    found = TABLE[most, max(room for key, room in TABLE if key == most and room <= tokens)]
+    return found if len(set(bits)) == 1 else replace(found, programs=MIXED_PROGRAMS)

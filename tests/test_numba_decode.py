@@ -44,6 +44,7 @@ SCALE = 0.3
 @pytest.fixture(autouse=True)
 def _always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba_decode, "WORTH", 0)
+    monkeypatch.setattr(numba_decode, "WORTH_PACKED", 0)
 
 
 @pytest.fixture(params=[1, 2])
@@ -198,13 +199,27 @@ def test_attention_uses_it_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch)
     assert seen
 
 
+def test_packed_attention_uses_it_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = LAYERS["per token, a latent for each head"]
+    of_token = layout.k_groups * layout.k_head_dim + layout.v_groups * layout.v_head_dim
+    monkeypatch.setattr(numba_decode, "WORTH", 2**40)
+    monkeypatch.setattr(numba_decode, "WORTH_PACKED", 2 * 30 * of_token)
+    cache = PackedLayer(layout, 0, 0)
+    query = torch.zeros(2, 4, 1, layout.k_head_dim)
+    for new, uses in ((29, False), (1, True)):
+        key = torch.zeros(2, layout.k_groups, new, layout.k_head_dim)
+        value = torch.zeros(2, layout.v_groups, new, layout.v_head_dim)
+        given = cache.update(key, value)
+        assert (attend_packed(query, *given, None, SCALE) is not None) == uses
+
+
 def test_what_it_does_not_know_is_left_to_others() -> None:
     one, two = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2, 40)
-    assert can_decode(one, [torch.bfloat16], 1)
-    assert not can_decode(two, [torch.float32], 1)
-    assert not can_decode(one.double(), [torch.float64], 1)
-    assert not can_decode(one, [torch.float64], 1)
-    assert not can_decode(one.requires_grad_(), [torch.float32], 1)
+    assert can_decode(one, [torch.bfloat16])
+    assert not can_decode(two, [torch.float32])
+    assert not can_decode(one.double(), [torch.float64])
+    assert not can_decode(one, [torch.float64])
+    assert not can_decode(one.requires_grad_(), [torch.float32])
 
 
 def test_several_python_threads_at_once() -> None:
@@ -225,7 +240,7 @@ def test_a_forked_process_leaves_it_to_others() -> None:
     code = """
 import os, torch
 from vdcompress.modeling import numba_decode as own
-own.WORTH = 0
+own.WORTH = own.WORTH_PACKED = 0
 query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2000, 40)
 pid = os.fork()
 if not pid:  # nothing was entered yet
@@ -245,7 +260,7 @@ def test_torch_keeps_its_threads_when_numba_starts_its_own() -> None:
     code = """
 import torch
 from vdcompress.modeling import numba_decode as own
-own.WORTH = 0
+own.WORTH = own.WORTH_PACKED = 0
 query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2000, 40)
 for threads in (1, 3):
     torch.set_num_threads(threads)
@@ -294,6 +309,7 @@ def test_a_model_generates_the_same(
 
     def generated(worth: float) -> Tensor:
         monkeypatch.setattr(numba_decode, "WORTH", worth)
+        monkeypatch.setattr(numba_decode, "WORTH_PACKED", worth)
         torch.manual_seed(0)
         ids = token_windows[:3, :50]
         mask = torch.ones_like(ids)

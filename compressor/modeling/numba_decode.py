@@ -54,6 +54,7 @@ from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
 
 WORTH = 2**20  # numbers of latents from which on a kernel is worth loading, or compiling
+WORTH_PACKED = 2**18  # likewise of packed ones, which torch reads by some thirty operations
 NUMBERS, MOST = 2**16, 2048  # that are unpacked at a time, and tokens: long runs of memory
 PARTS = 3  # at most; as many for all, so that a kernel is compiled once
 DTYPES = {
@@ -76,8 +77,9 @@ def attend_packed(
 ) -> Tensor | None:
     """Attend over packed latents as :func:`decode` does; None where it cannot, or need not."""
     parts = (*key.parts, *value.parts)
-    numbers = sum(key.tokens * part.exact.shape[1] * part.width for part in parts)
-    if not can_decode(query, [part.exact.dtype for part in parts], query.shape[0] * numbers):
+    of_token = query.shape[0] * sum(part.exact.shape[1] * part.width for part in parts)
+    worth = key.tokens * of_token >= WORTH_PACKED
+    if not (worth and can_decode(query, [part.exact.dtype for part in parts])):
         return None
     return decode(query, spans_of(key, value), mask, scaling)
 
@@ -86,22 +88,21 @@ def attend_exact(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor | None:
     """Attend over latents [b, g, s, width] as :func:`decode` does; None as above."""
-    if not can_decode(query, [key.dtype, value.dtype], key.numel() + value.numel()):
+    worth = key.numel() + value.numel() >= WORTH
+    if not (worth and can_decode(query, [key.dtype, value.dtype])):
         return None
     return decode(query, [Span(0, key.shape[2], (exact(key),), exact(value))], mask, scaling)
 
 
-def can_decode(query: Tensor, dtypes: Sequence[torch.dtype], numbers: int) -> bool:
-    """Whether :func:`decode` knows a case and it is worth it.
+def can_decode(query: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether :func:`decode` knows a case.
 
     Args:
         query: one query, whose gradient nobody wants.
         dtypes: of the numbers that are not packed.
-        numbers: of all latents.
     """
     return (
         query.shape[2] == 1
-        and numbers >= WORTH
         and all(dtype in DTYPES for dtype in (query.dtype, *dtypes))
         and not (query.requires_grad and torch.is_grad_enabled())
         and _entered in ([], [os.getpid()])

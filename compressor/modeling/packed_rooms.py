@@ -11,7 +11,7 @@ from .quantizer import Packed, Quantizer
 from .room import BLOCK, Room
 from .schemes import packed_width
 
-WORTH = 2**18  # numbers on a CPU from which on its kernel is worth loading, or compiling
+WORTH = 2**17  # numbers of a part on a CPU from which on its kernel is worth loading, or compiling
 
 
 class PackedRooms:

@@ -326,7 +326,7 @@ ACCELERATE = (
 )
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}  # accelerate's own --cpu starts one process
 BY_ACCELERATE = Launcher((*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"), ON_CPU)
-BY_TORCHRUN = {"data parallel": Launcher(TORCHRUN), "sharded": Launcher(TORCHRUN, FSDP)}
+BY_TORCHRUN = Launcher(TORCHRUN, FSDP)
 
 
 @pytest.mark.slow
@@ -353,12 +353,11 @@ def test_the_program_under_accelerate_writes_and_prints_once(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(BY_TORCHRUN))
 def test_the_program_killed_at_any_step_and_resumed_is_never_killed(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    launcher = BY_TORCHRUN[name]
+    launcher = BY_TORCHRUN
     straight = launcher.run(tiny_run, *MANY_STEPS, "-o", "straight", "--json")
     assert straight.code == 0, straight.err
     assert straight.err.count("Epoch 1: train_ppl=") == 1

@@ -5,9 +5,10 @@
     python bench/decode_cuda.py --sweep --minutes 6 tries how work is cut, and prints the best
 
 Times are of CUDA graphs that go over as many caches as fill 200 MB, so that none is in the L2 when
-it is read. Beside them: cuDNN's attention over the uncompressed bf16 cache, and the time that the
-cache's bytes take at the bandwidth of a copy. Without CUDA everything runs in Triton's interpreter
-(``TRITON_INTERPRET=1``), at sizes that ``--tiny`` makes small, and times mean nothing.
+it is read. Beside them: cuDNN's attention over the uncompressed bf16 cache, the time that the
+cache's bytes take at the bandwidth of a copy, and that in which a kernel only adds them up. Without
+CUDA everything runs in Triton's interpreter (``TRITON_INTERPRET=1``), at sizes that ``--tiny``
+makes small, and times mean nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from decode_timing import (
     copies,
     drawn_caches,
     drawn_query,
+    reading_alone,
     seconds,
     timed,
 )
@@ -178,9 +180,11 @@ def measured(case: Case, bandwidth: float, base: dict[str, dict[str, Any]]) -> d
     row = {"name": case.name, "shape": case.shape, "bytes": size, "seconds": min(first, again)}
     row |= {"again": max(first, again), "bound": size / bandwidth, "settings": asdict(used)}
     row |= {"base": base[case.shape]["seconds"], "target_us": case.target_us}
+    row["reading"] = reading_alone(size)
     print(
         f"{1e6 * row['seconds']:8.1f} us, bound {1e6 * row['bound']:6.1f}, "
-        f"{row['bound'] / row['seconds']:4.0%}, target {case.target_us}, "
+        f"{row['bound'] / row['seconds']:4.0%}, reading alone {1e6 * row['reading']:6.1f}, "
+        f"target {case.target_us}, "
         f"base {1e6 * row['base']:6.1f}, {case.name}, {case.shape}",
         flush=True,
     )

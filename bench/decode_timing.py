@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from decode_cases import DTYPE, Case, drawn_spans, nbytes
 
 from vdcompress.modeling.decode_settings import Settings
-from vdcompress.modeling.triton_decode import decode
+from vdcompress.modeling.triton_decode import decode, multiprocessors
 
 COLD_BYTES = 200 * 2**20
 SCALING = 0.125
@@ -63,6 +66,35 @@ def seconds(calls: list[Callable[[], Any]], replays: int = REPLAYS) -> float:
         stop.synchronize()
         found.append(start.elapsed_time(stop) / 1e3 / replays / len(calls))
     return statistics.median(found)
+
+
+READ, AT_ONCE, READERS = 512, 8, 4  # numbers of a load, loads of a turn, programs of a processor
+
+
+@triton.jit
+def _add_up(numbers, sums, count, READ: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Leave the sum of each program's share of numbers."""
+    share = tl.cdiv(count, tl.num_programs(0))
+    start = tl.program_id(0) * share
+    found = tl.zeros([READ], tl.float32)
+    for first in tl.range(0, share, READ * AT_ONCE):
+        for k in tl.static_range(AT_ONCE):
+            at = first + k * READ + tl.arange(0, READ)
+            inside = (at < share) & (start + at < count)
+            found += tl.load(numbers + start + at, mask=inside, other=0).to(tl.float32)
+    tl.store(sums + tl.program_id(0), tl.sum(found))
+
+
+def reading_alone(size: int) -> float:
+    """Return the seconds in which a kernel that adds up so many bytes has read them."""
+    programs = READERS * multiprocessors(torch.device(DEVICE))
+    sums = torch.empty(programs, device=DEVICE)
+    caches = [torch.ones(size // 4, dtype=torch.int32, device=DEVICE) for _ in range(copies(size))]
+    add_up = _add_up[(programs,)]
+    found = seconds([partial(add_up, own, sums, size // 4, READ, AT_ONCE) for own in caches])
+    if int(sums.double().sum()) != size // 4:
+        raise SystemExit("what was read alone is not what is there")
+    return found
 
 
 def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:

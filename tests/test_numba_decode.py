@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ from decode_reference import (
 )
 from naive_packed import LAYERS, naive_attention
 from vdcompress.load import Base
-from vdcompress.modeling import numba_decode
+from vdcompress.modeling import numba_compiled, numba_decode
 from vdcompress.modeling.attention import latent_attention, matmul_attention
 from vdcompress.modeling.decode_spans import Span
 from vdcompress.modeling.numba_decode import attend_exact, attend_packed, can_decode, decode
@@ -213,6 +214,22 @@ def test_packed_attention_uses_it_earlier(monkeypatch: pytest.MonkeyPatch) -> No
         assert (attend_packed(query, *given, None, SCALE) is not None) == uses
 
 
+def test_compiling_is_said_once_if_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(numba_compiled, "_met", set())
+    with numba_compiled.said_if_slow("quick"):
+        pass
+    monkeypatch.setattr(numba_compiled, "PATIENCE", 0.0)
+    with numba_compiled.said_if_slow("quick"):
+        time.sleep(0.2)
+    assert not caplog.messages
+    for _ in range(2):
+        with numba_compiled.said_if_slow("slow"):
+            time.sleep(0.2)
+    assert caplog.messages == [numba_compiled.COMPILES]
+
+
 def test_what_it_does_not_know_is_left_to_others() -> None:
     one, two = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2, 40)
     assert can_decode(one, [torch.bfloat16])
@@ -239,7 +256,7 @@ def test_a_forked_process_leaves_it_to_others() -> None:
     """Numba ends a process that is forked after its threads were started and uses them again."""
     code = """
 import os, torch
-from vdcompress.modeling import numba_decode as own
+from vdcompress.modeling import numba_compiled, numba_decode as own
 own.WORTH = own.WORTH_PACKED = 0
 query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2000, 40)
 pid = os.fork()
@@ -259,7 +276,7 @@ def test_torch_keeps_its_threads_when_numba_starts_its_own() -> None:
     """As many as processors they would be, and small operations wait for each other."""
     code = """
 import torch
-from vdcompress.modeling import numba_decode as own
+from vdcompress.modeling import numba_compiled, numba_decode as own
 own.WORTH = own.WORTH_PACKED = 0
 query, x = torch.zeros(1, 4, 1, 40), torch.zeros(1, 4, 2000, 40)
 for threads in (1, 3):

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from transformers.utils import logging
 
 try:
     import numba
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
+
+PATIENCE = 3.0  # seconds without a word
+COMPILES = (
+    "numba compiles the kernels that read this cache on a CPU: half a minute or more; "
+    "the next process finds them"
+)
+logger = logging.get_logger(__name__)
+_met: set[Hashable] = set()
 
 
 def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -28,3 +40,19 @@ def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable
             return njit(signature, **options)(function)
 
     return decorate
+
+
+@contextmanager
+def said_if_slow(kind: Hashable) -> Iterator[None]:
+    """Say that kernels are compiled, if the first call for a kind of arguments takes long."""
+    if kind in _met:
+        yield
+        return
+    timer = threading.Timer(PATIENCE, logger.warning, [COMPILES])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    _met.add(kind)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT
+from .numba_compiled import said_if_slow
 from .numba_kernels import (
     BFLOAT16,
     BITS,
@@ -127,7 +128,8 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     groups = min(part.codes.shape[1] for part in spans[0].parts)
     count = min(torch.get_num_threads(), MOST_THREADS)
     _entered[:] = [os.getpid()]
-    with _turn, _torch_threads_kept(), threads(count):
+    kind = {(part.form, part.bits, part.codes.dtype) for span in spans for part in span.parts}
+    with _turn, _torch_threads_kept(), threads(count), said_if_slow(frozenset(kind)):
         left = [
             _attended(queries.numpy(), span, groups, h // groups, count, _added(mask, span))
             for span in spans

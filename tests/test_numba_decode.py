@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,6 +229,34 @@ def test_compiling_is_said_once_if_it_takes_long(
         with numba_compiled.said_if_slow("slow"):
             time.sleep(0.2)
     assert caplog.messages == [numba_compiled.COMPILES]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of resources")
+@pytest.mark.parametrize("signature", [None, "int64(int64)"])
+def test_a_kernel_that_cannot_be_kept_runs(signature: str | None, tmp_path: Path) -> None:
+    """As on a full disk: nothing but what it returns is written."""
+    code = f"""
+import resource
+from vdcompress.modeling.numba_compiled import compiled
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+@compiled({signature!r})
+def twice(x):
+    return 2 * x
+
+
+assert twice(4) == 8
+"""
+    (tmp_path / "full.py").write_text(code)
+    kept = tmp_path / "kept"
+    subprocess.run(
+        [sys.executable, tmp_path / "full.py"],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(kept)},
+        check=True,
+    )
+    assert [path for path in kept.rglob("*") if path.is_file() and path.stat().st_size > 100] == []
 
 
 def test_what_it_does_not_know_is_left_to_others() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from transformers.utils import logging
@@ -35,11 +35,27 @@ def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # numba found no folder that it may write to
+            found = njit(signature, cache=True, **options)(function)
+        except (RuntimeError, OSError):  # numba found no folder that it may write to, or no space
             return njit(signature, **options)(function)
+        _keep_if_there_is_space(found)
+        return found
 
     return decorate
+
+
+def _keep_if_there_is_space(dispatcher: Any) -> None:
+    """Let a kernel run that could not be written: numba ends the call, having compiled it."""
+    cache: Any = getattr(dispatcher, "_cache", None)
+    save = getattr(cache, "save_overload", None)
+    if save is None:
+        return
+
+    def saved(*given: Any) -> None:
+        with suppress(OSError):
+            save(*given)
+
+    cache.save_overload = saved
 
 
 @contextmanager

@@ -231,15 +231,8 @@ def test_compiling_is_said_once_if_it_takes_long(
     assert caplog.messages == [numba_compiled.COMPILES]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of resources")
-@pytest.mark.parametrize("signature", [None, "int64(int64)"])
-def test_a_kernel_that_cannot_be_kept_runs(signature: str | None, tmp_path: Path) -> None:
-    """As on a full disk: nothing but what it returns is written."""
-    code = f"""
-import resource
+KERNEL = """
 from vdcompress.modeling.numba_compiled import compiled
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
 @compiled({signature!r})
@@ -248,15 +241,39 @@ def twice(x):
 
 
 assert twice(4) == 8
+print(*twice.stats.cache_hits.values())
 """
-    (tmp_path / "full.py").write_text(code)
-    kept = tmp_path / "kept"
-    subprocess.run(
-        [sys.executable, tmp_path / "full.py"],
-        env=os.environ | {"NUMBA_CACHE_DIR": str(kept)},
-        check=True,
-    )
-    assert [path for path in kept.rglob("*") if path.is_file() and path.stat().st_size > 100] == []
+SIGNATURES = pytest.mark.parametrize("signature", [None, "int64(int64)"])
+
+
+def ran(folder: Path, code: str) -> str:
+    """Run a program whose kernels are kept in ``folder``; return what it prints."""
+    (folder / "kernel.py").write_text(code)
+    env = os.environ | {"NUMBA_CACHE_DIR": str(folder / "kept")}
+    command = [sys.executable, folder / "kernel.py"]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs limits of resources")
+@SIGNATURES
+def test_a_kernel_that_a_full_disk_does_not_keep_runs(
+    signature: str | None, tmp_path: Path
+) -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+    ran(tmp_path, limit + KERNEL.format(signature=signature))
+    assert not [x for x in (tmp_path / "kept").rglob("*.nb?") if x.stat().st_size > 100]
+
+
+@SIGNATURES
+@pytest.mark.parametrize("broken", ["*.nbi", "*.nbc"])
+def test_a_kernel_that_was_cut_off_is_compiled_anew(
+    signature: str | None, broken: str, tmp_path: Path
+) -> None:
+    code = KERNEL.format(signature=signature)
+    assert [ran(tmp_path, code).split() for _ in range(2)] == [[], ["1"]]
+    for path in (tmp_path / "kept").rglob(broken):
+        path.write_bytes(path.read_bytes()[:20])
+    assert [ran(tmp_path, code).split() for _ in range(2)] == [[], ["1"]]
 
 
 def test_what_it_does_not_know_is_left_to_others() -> None:

@@ -35,27 +35,38 @@ def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            found = njit(signature, cache=True, **options)(function)
-        except (RuntimeError, OSError):  # numba found no folder that it may write to, or no space
+            found = njit(cache=True, **options)(function)
+        except RuntimeError:  # numba found no folder that it may write to
             return njit(signature, **options)(function)
-        _keep_if_there_is_space(found)
+        _forgive_the_disk(found)
+        if signature:
+            found.compile(signature)
+            found.disable_compile()
         return found
 
     return decorate
 
 
-def _keep_if_there_is_space(dispatcher: Any) -> None:
-    """Let a kernel run that could not be written: numba ends the call, having compiled it."""
+def _forgive_the_disk(dispatcher: Any) -> None:
+    """Let a kernel run that was cut off on disk, or has no space there; numba ends the call."""
     cache: Any = getattr(dispatcher, "_cache", None)
-    save = getattr(cache, "save_overload", None)
-    if save is None:
+    if not all(hasattr(cache, name) for name in ("load_overload", "save_overload", "flush")):
         return
+    load, save = cache.load_overload, cache.save_overload
+
+    def loaded(*given: Any) -> Any:
+        try:
+            return load(*given)
+        except Exception:  # pickle may raise any
+            with suppress(OSError):
+                cache.flush()
+            return None
 
     def saved(*given: Any) -> None:
         with suppress(OSError):
             save(*given)
 
-    cache.save_overload = saved
+    cache.load_overload, cache.save_overload = loaded, saved
 
 
 @contextmanager

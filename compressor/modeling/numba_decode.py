@@ -123,7 +123,9 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
         The output [b, h, 1, v] in the query's dtype; 0 where nothing may be attended to.
     """
     b, h = query.shape[:2]
-    queries = query.detach().float().reshape(b, -1) * (scaling * math.log2(math.e))
+    queries = query.detach().float().reshape(b, -1).numpy() * np.float32(
+        scaling * math.log2(math.e)
+    )
     spans = [span for span in spans if span.tokens]
     groups = min(part.codes.shape[1] for part in spans[0].parts)
     count = min(torch.get_num_threads(), MOST_THREADS)
@@ -131,7 +133,7 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     kind = {(part.form, part.bits, part.codes.dtype) for span in spans for part in span.parts}
     with _turn, _torch_threads_kept(), threads(count), said_if_slow(frozenset(kind)):
         left = [
-            _attended(queries.numpy(), span, groups, h // groups, count, _added(mask, span))
+            _attended(queries, span, groups, h // groups, count, _added(mask, span))
             for span in spans
         ]
     sums, marks = (x[0] if len(x) == 1 else np.concatenate(x, 2) for x in zip(*left, strict=True))

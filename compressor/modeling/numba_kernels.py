@@ -67,6 +67,9 @@ def room_for(step: int, widest: int) -> int:
 def threads(count: int) -> Iterator[None]:
     """Let kernels run on so many threads, at most :data:`MOST_THREADS`."""
     before = numba.get_num_threads()
+    if before == count:  # to say so again takes longer than a small cache
+        yield
+        return
     numba.set_num_threads(count)
     try:
         yield

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -343,6 +347,58 @@ def test_a_fresh_process_packs_the_same(base: Base, plan: Plan, single: Any, tmp
     config = json.loads((folder / "config.json").read_text())
     assert (config["kv_sinks"], config["kv_window"]) == (plan.sinks, plan.window)
     assert Plan.from_json(json.loads((folder / "vdcompress.json").read_text())["plan"]) == plan
+
+
+SIDE_BY_SIDE = """
+import sys, torch
+sys.modules["vdcompress"] = None
+from transformers import AutoModelForCausalLM
+
+ids = torch.arange(1, 41)[None]
+greedy = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+
+
+def said(model, **options):
+    with torch.no_grad():
+        logits = [model(ids, use_cache=use_cache).logits for use_cache in (True, False)]
+    mask = torch.ones_like(ids)
+    return *logits, model.generate(ids, attention_mask=mask, **greedy, **options)
+
+
+models, alone = [], []
+for folder in sys.argv[1:]:
+    models.append(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))
+    alone.append(said(models[-1]))
+for model, other, expected in zip(models, reversed(models), alone):
+    assert all(map(torch.equal, said(model), expected))
+    assert torch.equal(said(model, assistant_model=other)[-1], expected[-1])
+    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("vdcompress")
+    assert all(map(torch.equal, said(model), expected))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["gpt_neox"], indirect=True)
+@pytest.mark.parametrize("packed_first", [True, False])
+def test_two_exports_in_one_process(
+    base: Base, statistics: Statistics, packed_first: bool, tmp_path: Path
+) -> None:
+    """Each folder's code is a copy, whose classes the other does not know."""
+    folders = []
+    for name, choice in (
+        ("packed", {"bits": 4, "sinks": 1, "window": 3}),
+        ("exact", {"v_dim": 32}),
+    ):
+        plan = make_plan(base.shape, **choice)
+        model = rewrite(base, plan, statistics)
+        export(Compressed.of(base, plan, model, calibration=None), tmp_path / name)
+        folders.append(tmp_path / name)
+    ordered = folders if packed_first else folders[::-1]
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", SIDE_BY_SIDE, *ordered]
+    ended = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_evaluation_without_the_cache_is_that_through_it(model: Any, token_windows: Tensor) -> None:

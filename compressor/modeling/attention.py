@@ -1,4 +1,4 @@
-"""Attention over latents as they are cached: the implementation registered as ``vdcompress``.
+"""Attention over latents as they are cached, registered with transformers as :data:`NAME`.
 
 Shapes: b batch, h query heads, g latents (groups), t query positions, s key positions, k width of
 a key latent, v width of a value latent. Groups of keys and of values may differ in number; one
@@ -34,7 +34,9 @@ from .packed_prompt import padded
 from .rounded_latents import RoundedLatents, rounded_attention
 from .thin_products import dots, sums
 
-NAME = "vdcompress"
+REQUESTED = "vdcompress"  # as a caller may name it
+# each exported folder carries a copy of this file, which knows no other copy's packed latents
+NAME = REQUESTED if __name__.startswith(f"{REQUESTED}.") else f"{REQUESTED}.{__name__}"
 WORTH_BYTES = 2**23  # of latents in 16 bits from which on a kernel's time outweighs its launch
 KERNEL_DEVICES = ("cuda", "cpu")
 FIXED_ORDER = [

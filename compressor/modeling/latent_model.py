@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .attention import NAME as ATTENTION
+from .attention import REQUESTED
 from .cache import LatentCache
 from .graphed_steps import GraphedSteps, can_be_captured
 from .latent_attention import HeadMap
@@ -33,8 +34,9 @@ class LatentModel:
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
         """Use our attention function unless the caller names another."""
+        named = requested_attention or REQUESTED
         chosen: str = super().get_correct_attn_implementation(
-            requested_attention or ATTENTION, is_init_check
+            ATTENTION if named == REQUESTED else named, is_init_check
         )
         return chosen
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,17 @@ def test_a_run_shows_what_attention_costs(vdcompress: Vdcompress, tiny_run: Path
     assert "operations per new token" in ended.out
     found = vdcompress("inspect", tiny_run, "--json").json
     assert found["cost"]["compressed"]["weights"] < found["cost"]["base"]["weights"]
+
+
+def test_a_run_whose_weights_are_cut_off_is_refused(
+    vdcompress: Vdcompress, tiny_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "cut")
+    weights = run / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    ended = vdcompress("inspect", run)
+    assert ended.code == 3
+    assert "ends within" in ended.err
+    assert not ended.out
+    weights.unlink()
+    assert vdcompress("inspect", run).code == 3

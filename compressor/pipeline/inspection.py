@@ -1,4 +1,7 @@
-"""``inspect``: what a model's cache is, or could be; no weight is loaded unless text is given."""
+"""``inspect``: what a model's cache is, or could be; no weight is loaded unless text is given.
+
+Of a run the headers of its weights are read: one that was cut off is not described as whole.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from vdcompress.pipeline.settings import settle
 from vdcompress.pipeline.text import calibration_windows
 from vdcompress.plan import ModelShape, Plan, make_plan
 from vdcompress.recipe import Recipe, model_of
+from vdcompress.shards import Checkpoint
 from vdcompress.standard_layouts import Standard, standard_layouts
 from vdcompress.statistics import Statistics
 
@@ -97,6 +101,7 @@ def _measured(recipe: Recipe, device: str, on_event: OnEvent) -> tuple[Base, Sta
 
 def _compressed(folder: Path) -> dict[str, Any]:
     plan = Plan.from_json(read_marker(folder)["plan"])
+    Checkpoint(folder)  # raises where its files lack what their headers name
     try:
         results = read_results(folder)
     except RunError:

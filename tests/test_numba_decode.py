@@ -265,6 +265,22 @@ def test_a_kernel_that_a_full_disk_does_not_keep_runs(
 
 
 @SIGNATURES
+def test_a_kernel_is_compiled_anew_if_one_that_it_may_call_changed(
+    signature: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import os
+from vdcompress.modeling import numba_compiled
+numba_compiled._stamp_of_all = lambda: os.environ["STAMP"]
+"""
+    found = []
+    for stamp in "1122":
+        monkeypatch.setenv("STAMP", stamp)
+        found.append(ran(tmp_path, code + KERNEL.format(signature=signature)).split())
+    assert found == [[], ["1"], [], ["1"]]
+
+
+@SIGNATURES
 @pytest.mark.parametrize("broken", ["*.nbi", "*.nbc"])
 def test_a_kernel_that_was_cut_off_is_compiled_anew(
     signature: str | None, broken: str, tmp_path: Path

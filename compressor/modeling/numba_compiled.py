@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
@@ -14,6 +17,7 @@ try:
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # of fastmath: what is not finite stays so
 PATIENCE = 3.0  # seconds without a word
 COMPILES = (
     "numba compiles the kernels that read this cache on a CPU: half a minute or more; "
@@ -38,7 +42,9 @@ def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable
             found = njit(cache=True, **options)(function)
         except RuntimeError:  # numba found no folder that it may write to
             return njit(signature, **options)(function)
-        _forgive_the_disk(found)
+        cache = getattr(found, "_cache", None)
+        _look_at_all_sources(cache)
+        _forgive_the_disk(cache)
         if signature:
             found.compile(signature)
             found.disable_compile()
@@ -47,9 +53,22 @@ def compiled(signature: str | None = None, **options: Any) -> Callable[[Callable
     return decorate
 
 
-def _forgive_the_disk(dispatcher: Any) -> None:
+def _look_at_all_sources(cache: Any) -> None:
+    """Let a kernel be compiled anew if a file changed that it calls; numba looks at its own."""
+    file: Any = getattr(cache, "_cache_file", None)
+    if hasattr(file, "_source_stamp"):
+        file._source_stamp = (file._source_stamp, _stamp_of_all())
+
+
+@functools.cache
+def _stamp_of_all() -> str:
+    """Return what changes with any of the files that kernels are written in."""
+    files = sorted(Path(__file__).parent.glob("numba_*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _forgive_the_disk(cache: Any) -> None:
     """Let a kernel run that was cut off on disk, or has no space there; numba ends the call."""
-    cache: Any = getattr(dispatcher, "_cache", None)
     if not all(hasattr(cache, name) for name in ("load_overload", "save_overload", "flush")):
         return
     load, save = cache.load_overload, cache.save_overload

@@ -21,7 +21,8 @@ from torch import Tensor
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT
 from .numba_compiled import said_if_slow
-from .numba_kernels import (
+from .numba_kernels import LOWEST, MOST_THREADS, attend, join, room_for, threads
+from .numba_part import (
     BFLOAT16,
     BITS,
     BLOCKS,
@@ -34,8 +35,6 @@ from .numba_kernels import (
     FLOAT32,
     FORM,
     LATENTS,
-    LOWEST,
-    MOST_THREADS,
     NORMAL_FORM,
     ROW,
     SCALE,
@@ -45,10 +44,6 @@ from .numba_kernels import (
     WIDTH,
     ZERO,
     ZERO_G,
-    attend,
-    join,
-    room_for,
-    threads,
 )
 from .packed_latents import PackedLatents
 from .quantizer_normal import CUBICS

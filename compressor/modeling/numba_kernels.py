@@ -8,9 +8,8 @@ of its values beside its norm and the power of two that both are relative to, an
 joins them. Scales and zero points of tokens are taken out of the products, as in
 :mod:`packed_products`.
 
-All jitted functions are in this file because numba's cache looks at one file only; what makes
-LLVM's instructions is in :mod:`numba_lanes`. Letters: r rows
-(queries of a group), n tokens, w width, B blocks of D dimensions that share a scale.
+What is stored is read by :mod:`numba_levels` and multiplied by :mod:`numba_products`. Letters: r
+rows (queries of a group), n tokens, w width, B blocks of D dimensions that share a scale.
 """
 
 from __future__ import annotations
@@ -18,43 +17,47 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .numba_compiled import compiled
-from .numba_lanes import (
-    added,
-    as_number,
-    high_lanes,
-    holds_two,
-    keep,
-    lanes,
-    spread,
-    sum_of,
-    unpacked,
+from .numba_compiled import FAST, compiled
+from .numba_lanes import holds_two
+from .numba_levels import dimension, read_factors, read_levels, read_words, runs_of
+from .numba_part import (
+    BFLOAT16,
+    BITS,
+    BLOCKS,
+    CODES,
+    CODES_B,
+    CODES_G,
+    FIRST,
+    FORM,
+    LATENTS,
+    NORMAL_FORM,
+    ROW,
+    SCALE,
+    SCALE_B,
+    SCALE_G,
+    TOKEN_FORM,
+    TOKENS,
+    WIDTH,
+    ZERO,
+    ZERO_B,
+    ZERO_G,
 )
+from .numba_products import four_products, products, weighted
 
 try:
     import numba
     import numpy as np
-    from numba.extending import overload
 except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
-FORMS = (FLOAT32, BFLOAT16, FLOAT16, TOKEN_FORM, NORMAL_FORM, CHANNEL_FORM) = range(6)
-FIELDS = (  # of a part in the table that a kernel is given; strides and offsets in numbers
-    FORM, BITS, WIDTH, LATENTS, FIRST, BLOCKS, ROW, CODES, CODES_B, CODES_G, SCALE, SCALE_B,
-    SCALE_G, ZERO, ZERO_B, ZERO_G,
-) = range(16)  # fmt: skip
-TOKENS = 32  # a multiple of every scheme's block of tokens
-TOGETHER = 8  # tokens that are added at a time
 WIDENED_ONCE = 4  # queries of a latent from which on its numbers are written wide, once for all
 SPARE = 16  # numbers for each latent, where its codes do not fill their words
 LOWEST = np.float32(-1e30)  # of what is not attended to: finite, so that differences are numbers
 NOTHING = np.float32(-5e29)  # above that and below any score
 SMALLEST = np.float32(-126.0)
-HALF_UNIT = np.float32(2.0**112)  # an fp16 number over the float32 with its bits shifted
 # 2 ** f for 0 <= f < 1 at Chebyshev's points: 2e-8 of it at most, below float32's own rounding.
 _POWERS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, [0, 1])
 C = tuple(np.float32(c) for c in _POWERS.convert(kind=np.polynomial.Polynomial).coef)
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # what is not finite stays so
 MOST_THREADS: int = vars(numba.config)["NUMBA_NUM_THREADS"]
 
 
@@ -75,154 +78,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         numba.set_num_threads(before)
-
-
-@compiled(fastmath=FAST)
-def _dots(q, x, block, out):
-    """Write the products [n] of a query [D] with a block of levels [n, B, D].
-
-    Two are summed side by side, or each would wait for the end of the one before.
-    """
-    whole = x.shape[0] // 2 * 2
-    for t in range(0, whole, 2):
-        one = two = np.float32(0)
-        for j in range(x.shape[2]):
-            one += q[j] * as_number(x[t, block, j])
-            two += q[j] * as_number(x[t + 1, block, j])
-        out[t], out[t + 1] = one, two
-    for t in range(whole, x.shape[0]):
-        total = np.float32(0)
-        for j in range(x.shape[2]):
-            total += q[j] * as_number(x[t, block, j])
-        out[t] = total
-
-
-@compiled(fastmath=FAST)
-def _four_dots(q, x, block, out):
-    """Write the products [4, n] of queries [4, D] with a block of levels [n, B, D]."""
-    a, b, c, d = q[0], q[1], q[2], q[3]
-    for t in range(x.shape[0]):
-        one = two = three = four = np.float32(0)
-        for j in range(x.shape[2]):
-            number = as_number(x[t, block, j])
-            one += a[j] * number
-            two += b[j] * number
-            three += c[j] * number
-            four += d[j] * number
-        out[0, t], out[1, t], out[2, t], out[3, t] = one, two, three, four
-
-
-@compiled(fastmath=FAST)
-def _add(out, w, x, block):
-    """Add to out [D] a block of levels [n, B, D] times weights [n]."""
-    whole = x.shape[0] // TOGETHER * TOGETHER
-    for t in range(0, whole, TOGETHER):
-        a, b, c, d = w[t], w[t + 1], w[t + 2], w[t + 3]
-        e, f, g, h = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
-        for j in range(out.shape[0]):
-            out[j] += (
-                a * as_number(x[t, block, j]) + b * as_number(x[t + 1, block, j])
-                + c * as_number(x[t + 2, block, j]) + d * as_number(x[t + 3, block, j])
-            ) + (
-                e * as_number(x[t + 4, block, j]) + f * as_number(x[t + 5, block, j])
-                + g * as_number(x[t + 6, block, j]) + h * as_number(x[t + 7, block, j])
-            )  # fmt: skip
-    for t in range(whole, x.shape[0]):
-        for j in range(out.shape[0]):
-            out[j] += w[t] * as_number(x[t, block, j])
-
-
-@compiled(fastmath=FAST, inline="always")
-def _two_more(a, b, q, x, one, other, columns, j, count):
-    """Add to sums, side by side, the products of a query with bytes j of two tokens' codes."""
-    own = lanes(q, j, count)
-    a = added(own, lanes(x, one * columns + j, count), a)
-    b = added(own, lanes(x, other * columns + j, count), b)
-    own = lanes(q, columns + j, count)
-    a = added(own, high_lanes(x, one * columns + j, count), a)
-    b = added(own, high_lanes(x, other * columns + j, count), b)
-    return a, b
-
-
-@compiled(fastmath=FAST)
-def _dots_of_halves(q, x, out):
-    """Write the products [n] of a query [D] with codes of 4 bits, two in a byte [n, 1, D / 2]."""
-    n, columns, nothing = x.shape[0], x.shape[2], np.float32(0)
-    wide, half = columns // 8 * 8, columns // 4 * 4
-    x = x.reshape(x.size)
-    for t in range(0, n, 2):
-        last = min(t + 1, n - 1)
-        a = b = spread(nothing, 8)
-        for j in range(0, wide, 8):
-            a, b = _two_more(a, b, q, x, t, last, columns, j, 8)
-        c = d = spread(nothing, 4)
-        if half > wide:
-            c, d = _two_more(c, d, q, x, t, last, columns, wide, 4)
-        one, two = sum_of(a) + sum_of(c), sum_of(b) + sum_of(d)
-        for j in range(half, columns):
-            one, two = _two_more(one, two, q, x, t, last, columns, j, 1)
-        out[t], out[last] = one, two
-
-
-@compiled(fastmath=FAST, inline="always")
-def _add_some(out, w, x, start, stop, columns, j, count):
-    """Add to out the bytes j of some tokens' codes times weights."""
-    low, high = lanes(out, j, count), lanes(out, columns + j, count)
-    for t in range(start, stop):
-        own = spread(w[t], count)
-        low = added(own, lanes(x, t * columns + j, count), low)
-        high = added(own, high_lanes(x, t * columns + j, count), high)
-    keep(out, j, low, count)
-    keep(out, columns + j, high, count)
-
-
-@compiled(fastmath=FAST)
-def _add_halves(out, w, x):
-    """Add to out [D] codes of 4 bits, two in a byte [n, 1, D / 2], times weights [n]."""
-    n, columns = x.shape[0], x.shape[2]
-    wide, half = columns // 8 * 8, columns // 4 * 4
-    x = x.reshape(x.size)
-    for t in range(0, n, TOGETHER):
-        stop = min(t + TOGETHER, n)
-        for j in range(0, wide, 8):
-            _add_some(out, w, x, t, stop, columns, j, 8)
-        if half > wide:
-            _add_some(out, w, x, t, stop, columns, wide, 4)
-        for j in range(half, columns):
-            _add_some(out, w, x, t, stop, columns, j, 1)
-
-
-def products(q, x, block, out):
-    """Write the products [n] of a query [D] with a block of what is stored; in kernels alone."""
-
-
-def four_products(q, x, block, out):
-    """Write the products [4, n] of queries [4, D] likewise."""
-
-
-def weighted(out, w, x, block):
-    """Add to out [D] a block of what is stored times weights [n]."""
-
-
-@overload(products, inline="always")
-def _chosen_products(q, x, block, out):
-    if x.dtype == numba.int8:
-        return lambda q, x, block, out: _dots_of_halves(q, x, out)
-    return lambda q, x, block, out: _dots(q, x, block, out)
-
-
-@overload(four_products, inline="always")
-def _chosen_four_products(q, x, block, out):
-    if x.dtype == numba.float32:
-        return lambda q, x, block, out: _four_dots(q, x, block, out)
-    return lambda q, x, block, out: None  # fewer read what is not float32: WIDENED_ONCE
-
-
-@overload(weighted, inline="always")
-def _chosen_weighted(out, w, x, block):
-    if x.dtype == numba.int8:
-        return lambda out, w, x, block: _add_halves(out, w, x)
-    return lambda out, w, x, block: _add(out, w, x, block)
 
 
 @compiled(fastmath={"nnan", "nsz"})
@@ -249,177 +104,6 @@ def _powers_of_two(x, top, whole, bits):
         x[j] = found
         total += found
     return total
-
-
-@compiled()
-def _widen_bfloat16(x, out):
-    for j in range(x.shape[0]):
-        out[j] = np.uint32(x[j]) << np.uint32(16)
-
-
-@compiled()
-def _widen_float16(x, out, bits):
-    """Write fp16 numbers, uint16, as float32 ones; ``bits`` are those of ``out``.
-
-    A scale of 2 ** 112 makes up for the exponent's other bias, numbers that are not normalised
-    included; infinity and NaN, whose exponent is all ones, get the float32's.
-    """
-    for j in range(x.shape[0]):
-        bits[j] = np.uint32(x[j] & np.uint16(0x7FFF)) << np.uint32(13)
-    for j in range(x.shape[0]):
-        out[j] *= HALF_UNIT
-    for j in range(x.shape[0]):
-        bits[j] |= np.uint32(x[j] & np.uint16(0x8000)) << np.uint32(16)
-    for j in range(x.shape[0]):
-        if (x[j] & np.uint16(0x7C00)) == np.uint16(0x7C00):
-            bits[j] |= np.uint32(0x7F800000)
-
-
-@compiled()
-def _halves(packed, out):
-    """Write codes of 4 bits [n, columns] as numbers [n, 2, columns]."""
-    for t in range(out.shape[0]):
-        for j in range(out.shape[2]):
-            out[t, 0, j] = np.float32(np.uint8(packed[t, j] & np.uint8(15)))
-        for j in range(out.shape[2]):
-            out[t, 1, j] = np.float32(np.uint8(packed[t, j] >> np.uint8(4)))
-
-
-@compiled()
-def _codes(packed, out, bits):
-    """Write codes packed in words [n, bytes, columns] as numbers [n, runs, columns]."""
-    mask = np.uint8(2**bits - 1)
-    for t in range(out.shape[0]):
-        for k in range(out.shape[1]):
-            byte, low = k * bits // 8, np.uint8(k * bits % 8)
-            if low + bits > 8:
-                high = np.uint8(8 - low)
-                for j in range(out.shape[2]):
-                    one = np.uint8(packed[t, byte, j] >> low)
-                    other = np.uint8(packed[t, byte + 1, j] << high)
-                    out[t, k, j] = np.float32(np.uint8(np.uint8(one | other) & mask))
-            else:
-                for j in range(out.shape[2]):
-                    code = np.uint8(np.uint8(packed[t, byte, j] >> low) & mask)
-                    out[t, k, j] = np.float32(code)
-
-
-@compiled()
-def _runs(part):
-    """Return how many codes a word has of latents that are read word by word, 1 for all others.
-
-    Such are codes of 3 and 2 bits with one scale for each token. In a word they are far apart from
-    each other in the latent; queries and sums are put into their order.
-    """
-    words = part[FORM] in (TOKEN_FORM, NORMAL_FORM) and part[BLOCKS] == 1 and part[BITS] < 4
-    if not words:
-        return 1
-    return 8 if part[BITS] == 3 else 4
-
-
-@compiled()
-def _words(packed, out, runs):
-    """Write codes packed in words [n, bytes, columns] as numbers, [n, columns, runs] in a row."""
-    columns = packed.shape[2]
-    for t in range(packed.shape[0]):
-        for j in range(columns):
-            word = np.uint32(packed[t, 0, j])
-            if runs == 8:
-                word |= np.uint32(packed[t, 1, j]) << np.uint32(8)
-                word |= np.uint32(packed[t, 2, j]) << np.uint32(16)
-                keep(out, (t * columns + j) * 8, unpacked(word, 3, 8), 8)
-            else:
-                keep(out, (t * columns + j) * 4, unpacked(word, 2, 4), 4)
-
-
-@compiled()
-def _levels_of_words(part, curve, codes, at, n, runs, room):
-    """Return the levels [n, columns, runs] in a row of n latents that begin at ``at``."""
-    row = part[ROW]
-    columns = row // 3 if runs == 8 else row
-    out = room[: n * columns * runs]
-    _words(codes[at : at + n * row].reshape(n, row // columns, columns), out, runs)
-    if part[FORM] == NORMAL_FORM:
-        _bend(out, np.float32((2 ** part[BITS] - 1) / 2), curve[0], curve[1])
-    return out
-
-
-@compiled()
-def _bytes(x, out):
-    for j in range(x.shape[0]):
-        out[j] = np.float32(x[j])
-
-
-@compiled(fastmath=FAST)
-def _bend(x, half, a, b):
-    for j in range(x.shape[0]):
-        u = x[j] - half
-        x[j] = u * (a + b * u * u)
-
-
-@compiled(fastmath=FAST)
-def _by_channel(x, scale, zero, unit):
-    for j in range(x.shape[0]):
-        x[j] = (x[j] - unit * np.float32(zero[j])) * scale[j]
-
-
-@compiled()
-def _levels(
-    part, curve, numbers, halves, codes, scale, zero, at, scale_at, zero_at, n, room, room_bits,
-    factors, factor_bits,
-):  # fmt: skip
-    """Return the levels [n * w] of n latents that begin at ``at``; they may lie in ``room``."""
-    form, width, row, bits = part[FORM], part[WIDTH], part[ROW], part[BITS]
-    if form == FLOAT32:
-        return numbers[at : at + n * row]
-    out, stored = room[: n * width], codes[at : at + n * row]
-    if form == BFLOAT16:
-        _widen_bfloat16(halves[at : at + n * row], room_bits)
-    elif form == FLOAT16:
-        _widen_float16(halves[at : at + n * row], room, room_bits)
-    elif bits == 8:
-        _bytes(stored, out)
-    else:
-        runs = 8 if bits == 3 else 8 // bits
-        columns = row * 8 // bits // runs
-        to = room[: n * runs * columns].reshape(n, runs, columns)
-        if bits == 4:
-            _halves(stored.reshape(n, row), to)
-        else:
-            _codes(stored.reshape(n, row // columns, columns), to, bits)
-        if runs * columns > width:
-            for t in range(1, n):
-                for j in range(width):
-                    room[t * width + j] = room[t * runs * columns + j]
-    if form == NORMAL_FORM:
-        _bend(out, np.float32((2**bits - 1) / 2), curve[0], curve[1])
-    elif form == CHANNEL_FORM:
-        unit = np.float32(2.0**bits / 256)
-        for block in range(n // TOKENS):
-            own = scale[scale_at + block * width : scale_at + (block + 1) * width]
-            _widen_float16(own, factors, factor_bits)
-            zeros = zero[zero_at + block * width : zero_at + (block + 1) * width]
-            for t in range(block * TOKENS, (block + 1) * TOKENS):
-                _by_channel(out[t * width : (t + 1) * width], factors, zeros, unit)
-    return out
-
-
-@compiled(fastmath=FAST)
-def _factors(part, scale, zero, scale_at, zero_at, n, block, scales, bits, zeros):
-    """Write the scales and zero points, in levels, of n tokens in one block of dimensions."""
-    blocks = part[BLOCKS]
-    own = scale[scale_at : scale_at + n * blocks]
-    for t in range(n):
-        bits[t] = np.uint32(own[t * blocks + block]) << np.uint32(13)
-    for t in range(n):
-        scales[t] *= HALF_UNIT
-    if part[FORM] == TOKEN_FORM:
-        unit = np.float32(2.0 ** part[BITS] / 256)
-        levels = zero[zero_at : zero_at + n * blocks]
-        for t in range(n):
-            zeros[t] = unit * np.float32(levels[t * blocks + block])
-    else:
-        zeros[:n] = np.float32(0)
 
 
 @compiled(fastmath=FAST)
@@ -491,12 +175,6 @@ def _weigh(scores, n, marks, sums, room, bits):
                 sums[j] *= kept
 
 
-@compiled()
-def _place(j, runs, size):
-    """Return which dimension is number j of a latent in the order of words."""
-    return j % runs * (size // runs) + j // runs
-
-
 @compiled(fastmath=FAST)
 def _meet(
     x, part, runs, is_value, query, start, shared, scores, sums, queries, scales, zeros, scale_at,
@@ -514,7 +192,7 @@ def _meet(
     scaled = part[FORM] in (TOKEN_FORM, NORMAL_FORM)
     for block in range(blocks):
         if scaled:
-            _factors(
+            read_factors(
                 part, scales, zeros, scale_at, zero_at, n, block, scale, scale_bits, zero
             )  # fmt: skip
         if is_value:
@@ -525,7 +203,7 @@ def _meet(
             first = part[FIRST] + block * size
             for r in range(shared):
                 for j in range(size):
-                    dim = _place(j, runs, size)
+                    dim = dimension(j, runs, size)
                     inside = dim < part[WIDTH]  # the last words may not be full
                     own[r, j] = query[(start + r) * k + first + dim] if inside else np.float32(0)
             _add_scores(scores[start:stop], own, x, block, scaled, scale, zero, found)
@@ -537,7 +215,7 @@ def _put_in_order(held, runs, sums, rows):
     size, v = held.shape[0] // rows, sums.shape[0] // rows
     for r in range(rows):
         for j in range(size):
-            dim = _place(j, runs, size)
+            dim = dimension(j, runs, size)
             if dim < v:
                 sums[r * v + dim] = held[r * size + j]
 
@@ -568,7 +246,7 @@ def _attend_some(
     factors, factor_bits = room[levels + step :], room_bits[levels + step :]
     scores, found = np.empty((rows, step), np.float32), np.empty((4, step), np.float32)
     zero, queries = np.zeros(step, np.float32), np.empty(rows * (most + SPARE), np.float32)
-    order = _runs(table[values])
+    order = runs_of(table[values])
     size = -(-table[values, WIDTH] // order) * order
     held = np.empty(rows * size, np.float32) if order > 1 else sums
     held[:] = 0
@@ -586,7 +264,7 @@ def _attend_some(
             form = part[FORM]
             scaled = form in (TOKEN_FORM, NORMAL_FORM)
             blocks, shared = part[BLOCKS] if scaled else 1, rows // latents
-            runs = _runs(part)
+            runs = runs_of(part)
             size = -(-width // runs) * runs // blocks
             for latent in range(latents):
                 g = group * latents + latent
@@ -609,10 +287,10 @@ def _attend_some(
                     x = codes[p][at : at + n * row].view(np.int8)
                     _meet(x.reshape(n, 1, row), *where)
                 elif runs > 1:
-                    x = _levels_of_words(part, curves[p], codes[p], at, n, runs, room)
+                    x = read_words(part, curves[p], codes[p], at, n, runs, room)
                     _meet(x.reshape(n, blocks, size), *where)
                 else:
-                    x = _levels(
+                    x = read_levels(
                         part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,
                         scale_at, zero_at, n, room, room_bits, factors, factor_bits,
                     )  # fmt: skip

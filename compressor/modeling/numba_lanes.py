@@ -5,9 +5,6 @@ makes wide leaves half of it to its narrow end. Here the code says how wide: ``l
 are 8 numbers from ``x[i]`` on, 4 is half of them, and 1 is a number. What is stored may be float32,
 a bfloat16 as uint16, a code of 8 bits as uint8, or two codes of 4 bits as int8: the low and the
 high half of a byte.
-
-numba keeps what it compiled until :mod:`numba_kernels` changes: whoever changes this file must
-touch that one.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,33 +21,24 @@ from torch import Tensor
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT
 from .numba_compiled import said_if_slow
-from .numba_kernels import LOWEST, MOST_THREADS, attend, join, room_for, threads
+from .numba_kernels import LOWEST, MOST_THREADS, attend, room_for
 from .numba_part import (
     BFLOAT16,
-    BITS,
-    BLOCKS,
     CHANNEL_FORM,
-    CODES,
-    CODES_G,
     FIELDS,
-    FIRST,
     FLOAT16,
     FLOAT32,
-    FORM,
-    LATENTS,
     NORMAL_FORM,
-    ROW,
-    SCALE,
-    SCALE_G,
     TOKEN_FORM,
     TOKENS,
-    WIDTH,
-    ZERO,
-    ZERO_G,
 )
 from .packed_latents import PackedLatents
-from .quantizer_normal import CUBICS
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
+
+try:
+    import numba
+except ImportError as missing:
+    raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
 WORTH = 2**20  # numbers of latents from which on a kernel is worth loading, or compiling
 WORTH_PACKED = 2**18  # likewise of packed ones, which torch reads by some thirty operations
@@ -59,10 +50,7 @@ DTYPES = {
     torch.float16: FLOAT16,
 }
 FORMS = {PER_TOKEN.name: TOKEN_FORM, NORMAL.name: NORMAL_FORM, PER_CHANNEL.name: CHANNEL_FORM}
-NOTHING = {
-    dtype: torch.empty(0, dtype=dtype).numpy()
-    for dtype in (torch.float32, torch.uint16, torch.uint8)
-}
+NOTHING = (0,) * len(FIELDS)
 NO_MASK = np.empty((0, 0, 0), np.float32)
 _turn = threading.Lock()  # not every way in which numba runs threads can be entered twice
 _entered: list[int] = []  # the process that did: one forked from it ends when it enters too
@@ -118,80 +106,59 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
         The output [b, h, 1, v] in the query's dtype; 0 where nothing may be attended to.
     """
     b, h = query.shape[:2]
-    queries = query.detach().float().reshape(b, -1).numpy() * np.float32(
-        scaling * math.log2(math.e)
-    )
     spans = [span for span in spans if span.tokens]
     groups = min(part.codes.shape[1] for part in spans[0].parts)
     count = min(torch.get_num_threads(), MOST_THREADS)
+    widest = max(part.width for span in spans for part in span.parts)
+    longest = _whole(max(span.tokens for span in spans))
+    step = min(longest, MOST, max(NUMBERS // widest // TOKENS, 1) * TOKENS)
+    numbers = query.detach().contiguous()
+    out = torch.empty(b, h, 1, spans[0].values.width)
+    table = np.array([_rows(span, groups) for span in spans], np.int64)
+    with _turn:
+        given = (
+            (numbers.data_ptr(), DTYPES[numbers.dtype], np.float32(scaling * math.log2(math.e))),
+            (out.data_ptr(), b, groups, h // groups),
+            (table, _added(mask), _room(count, room_for(step, widest))),
+            (count // math.gcd(count, b * groups), step),
+        )
+        if _entered and numba.get_num_threads() == count:
+            attend(*given)  # whatever is done around a call takes longer than a small cache
+        else:
+            _set_and_attend(count, given)
+    return out.to(query.dtype)
+
+
+def _set_and_attend(count: int, given: tuple[Any, ...]) -> None:
+    """Attend on so many threads.
+
+    Numba, as it starts, sets torch's number of threads to that of processors; torch gets it back.
+    """
+    of_torch, before = torch.get_num_threads(), numba.get_num_threads()
     _entered[:] = [os.getpid()]
-    kind = {(part.form, part.bits, part.codes.dtype) for span in spans for part in span.parts}
-    with _turn, _torch_threads_kept(), threads(count), said_if_slow(frozenset(kind)):
-        left = [
-            _attended(queries, span, groups, h // groups, count, _added(mask, span))
-            for span in spans
-        ]
-    sums, marks = (x[0] if len(x) == 1 else np.concatenate(x, 2) for x in zip(*left, strict=True))
-    out = np.empty((b, groups, h // groups, spans[0].values.width), np.float32)
-    join(sums, marks, out)
-    return torch.from_numpy(out).view(b, h, 1, -1).to(query.dtype)
-
-
-@contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """Give torch its number of threads back: numba, as it starts, sets one for each processor."""
-    had = torch.get_num_threads()
+    numba.set_num_threads(count)
     try:
-        yield
+        with said_if_slow(attend):
+            attend(*given)
     finally:
-        if torch.get_num_threads() != had:
-            torch.set_num_threads(had)
+        numba.set_num_threads(before)
+        if torch.get_num_threads() != of_torch:
+            torch.set_num_threads(of_torch)
 
 
-def _added(mask: Tensor | None, span: Span) -> np.ndarray:
-    """Return what is added to scores in the logarithm to base 2, [b or 1, h or 1, tokens]."""
+def _added(mask: Tensor | None) -> np.ndarray:
+    """Return what is added to scores in the logarithm to base 2, [b or 1, h or 1, s]."""
     if mask is None:
         return NO_MASK
-    own = mask[:, :, 0, span.start : span.start + span.tokens]
-    lowest = float(LOWEST)
+    own, lowest = mask[:, :, 0], float(LOWEST)
     if own.dtype == torch.bool:
         return torch.zeros(own.shape).masked_fill_(~own, lowest).numpy()
     return (own.float() * math.log2(math.e)).clamp_min(lowest).contiguous().numpy()
 
 
-def _attended(  # noqa: PLR0917
-    queries: np.ndarray, span: Span, groups: int, rows: int, count: int, mask: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums [b, groups, splits, r * v] and marks [b, groups, splits, 2 * r] of a span."""
-    b, widest = len(queries), max(part.width for part in span.parts)
-    share = _whole(-(-span.tokens // (count // math.gcd(count, b * groups))))
-    step = min(share, MOST, max(NUMBERS // widest // TOKENS, 1) * TOKENS)
-    splits = -(-span.tokens // share)
-    sums = np.empty((b, groups, splits, rows * span.values.width), np.float32)
-    marks = np.empty((b, groups, splits, 2 * rows), np.float32)
-    room = _room(count, room_for(step, widest))
-    parts = (*span.keys, *(None,) * (PARTS - len(span.parts)), span.values)
-    attend(
-        queries,
-        _table(parts, groups),
-        np.array([_curve(part) for part in parts], np.float32),
-        *(
-            tuple(_memory(part and part.codes, dtype) for part in parts)
-            for dtype in (torch.float32, torch.uint16, torch.uint8)
-        ),
-        tuple(_memory(part and part.scale, torch.uint16) for part in parts),
-        tuple(_memory(part and part.zero, torch.uint8) for part in parts),
-        mask,
-        groups,
-        span.tokens,
-        share,
-        step,
-        sums,
-        marks,
-        room,
-        room.view(np.uint32),
-    )
-    return sums, marks
+def _whole(tokens: int) -> int:
+    """Return the least number of tokens, whole blocks of every scheme, that is not below."""
+    return -(-tokens // TOKENS) * TOKENS
 
 
 @lru_cache(maxsize=8)
@@ -200,46 +167,35 @@ def _room(count: int, size: int) -> np.ndarray:
     return np.empty((count, size), np.float32)
 
 
-def _whole(tokens: int) -> int:
-    """Return the least number of tokens, whole blocks of every scheme, that is not below."""
-    return -(-tokens // TOKENS) * TOKENS
+def _rows(span: Span, groups: int) -> list[tuple[int, ...]]:
+    """Return what kernels call the fields of each part of a span; those of no part are 0."""
+    found, first = [], 0
+    for part in span.parts:
+        found.append((span.start, span.tokens, *_row(part, first, groups)))
+        first += part.width
+    return [*found[:-1], *(NOTHING,) * (PARTS - len(found)), found[-1]]
 
 
-def _table(parts: Sequence[PartTokens | None], groups: int) -> np.ndarray:
-    """Return what the kernels call the fields of each part; those of None are 0."""
-    table = np.zeros((len(parts), len(FIELDS)), np.int64)
-    first = 0
-    for row, part in zip(table, parts, strict=True):
-        if part is not None:
-            codes, packed = part.codes, part.form != EXACT
-            row[FORM] = FORMS[part.form] if packed else DTYPES[codes.dtype]
-            row[BITS], row[WIDTH], row[FIRST] = part.bits, part.width, first
-            row[LATENTS] = codes.shape[1] // groups
-            row[ROW] = codes.shape[3]
-            row[CODES : CODES_G + 1] = _place(codes, part.first)
-            if part.scale is not None:
-                block = part.first // SCHEMES[part.form].token_block
-                row[BLOCKS] = part.scale.shape[3]
-                row[SCALE : SCALE_G + 1] = _place(part.scale, block)
-                if part.zero is not None:
-                    row[ZERO : ZERO_G + 1] = _place(part.zero, block)
-            first += part.width
-    return table
+def _row(part: PartTokens, first: int, groups: int) -> tuple[int, ...]:
+    """Return the fields of a part, after its span's, whose keys meet a query's from ``first``."""
+    codes, packed = part.codes, part.form != EXACT
+    form = FORMS[part.form] if packed else DTYPES[codes.dtype]
+    row, at, of_b, of_g = _place(codes, part.first)
+    blocks, scales, zeros = 0, (0, 0, 0), (0, 0, 0)
+    if part.scale is not None:
+        block = part.first // SCHEMES[part.form].token_block
+        blocks = part.scale.shape[3]
+        _, *scales = _place(part.scale, block)
+        if part.zero is not None:
+            _, *zeros = _place(part.zero, block)
+    latents = codes.shape[1] // groups
+    return (
+        form, part.bits, part.width, latents, first, blocks, row, at, of_b, of_g, *scales, *zeros,
+    )  # fmt: skip
 
 
-def _place(x: Tensor, first: int) -> tuple[int, int, int]:
-    """Return where in its memory the first token wanted of [b, g, s, n] is, and two strides."""
-    start = int(x.storage_offset()) + first * x.shape[3]
-    return start, x.stride(0), x.stride(1)
-
-
-def _curve(part: PartTokens | None) -> tuple[float, float]:
-    return CUBICS[part.bits] if part is not None and part.form == NORMAL.name else (0.0, 0.0)
-
-
-def _memory(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
-    """Return all memory that a tensor is in, if its numbers are as large as those of a dtype."""
-    if x is None or x.element_size() != dtype.itemsize:
-        return NOTHING[dtype]
-    whole: np.ndarray = torch.empty(0, dtype=dtype).set_(x.untyped_storage()).numpy()
-    return whole
+def _place(x: Tensor, first: int) -> tuple[int, int, int, int]:
+    """Return the bytes of a row, where row ``first`` of [b, g, s, n] is, and two strides."""
+    size = x.element_size()
+    row, (of_b, of_g, _, _) = size * x.shape[3], x.stride()
+    return row, x.data_ptr() + first * row, size * of_b, size * of_g

@@ -4,7 +4,7 @@ A unit of work is some tokens of one sequence and one group of heads. Latents ar
 tokens at a time into levels, float32, that stay in a processor's nearest memory; all heads of the
 group read them there. Where few heads share a latent, bfloat16 numbers and codes of 8 and 4 bits
 become levels on their way into a product, and are written nowhere. A unit leaves the weighted sum
-of its values beside its norm and the power of two that both are relative to, and :func:`join`
+of its values beside its norm and the power of two that both are relative to, and :func:`_join`
 joins them. Scales and zero points of tokens are taken out of the products, as in
 :mod:`packed_products`.
 
@@ -14,12 +14,18 @@ rows (queries of a group), n tokens, w width, B blocks of D dimensions that shar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from .numba_compiled import FAST, compiled
 from .numba_lanes import holds_two
-from .numba_levels import dimension, read_factors, read_levels, read_words, runs_of
+from .numba_levels import (
+    dimension,
+    read_factors,
+    read_levels,
+    read_words,
+    runs_of,
+    widen_bfloat16,
+    widen_float16,
+)
+from .numba_memory import numbers_at
 from .numba_part import (
     BFLOAT16,
     BITS,
@@ -28,6 +34,7 @@ from .numba_part import (
     CODES_B,
     CODES_G,
     FIRST,
+    FLOAT32,
     FORM,
     LATENTS,
     NORMAL_FORM,
@@ -35,6 +42,8 @@ from .numba_part import (
     SCALE,
     SCALE_B,
     SCALE_G,
+    SPAN_TOKENS,
+    START,
     TOKEN_FORM,
     TOKENS,
     WIDTH,
@@ -66,20 +75,6 @@ def room_for(step: int, widest: int) -> int:
     return step * (widest + SPARE) + step + max(step, widest)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let kernels run on so many threads, at most :data:`MOST_THREADS`."""
-    before = numba.get_num_threads()
-    if before == count:  # to say so again takes longer than a small cache
-        yield
-        return
-    numba.set_num_threads(count)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)
-
-
 @compiled(fastmath={"nnan", "nsz"})
 def _highest(x):
     top = x[0]
@@ -89,8 +84,9 @@ def _highest(x):
 
 
 @compiled(fastmath=FAST)
-def _powers_of_two(x, top, whole, bits):
-    """Write 2 ** (x - top) over x and return their sum; whole, whose bits are bits, is room."""
+def _powers_of_two(x, top, whole):
+    """Write 2 ** (x - top) over x and return their sum; ``whole`` is room."""
+    bits = whole.view(np.uint32)
     for j in range(x.shape[0]):
         power = np.int32(np.floor(max(x[j] - top, SMALLEST)))
         bits[j] = np.uint32(power + np.int32(127)) << np.uint32(23)
@@ -161,7 +157,7 @@ def _add_values(sums, weights, x, block, scaled, scales, zeros, room):
 
 
 @compiled(fastmath=FAST)
-def _weigh(scores, n, marks, sums, room, bits):
+def _weigh(scores, n, marks, sums, room):
     """Make weights of n scores of each row, relative to the marks, which may rise."""
     rows, v = scores.shape[0], sums.shape[0] // scores.shape[0]
     for r in range(rows):
@@ -169,7 +165,7 @@ def _weigh(scores, n, marks, sums, room, bits):
         top = max(marks[r], _highest(own))
         kept = np.float32(2.0) ** (marks[r] - top)
         marks[r] = top
-        marks[rows + r] = marks[rows + r] * kept + _powers_of_two(own, top, room, bits)
+        marks[rows + r] = marks[rows + r] * kept + _powers_of_two(own, top, room)
         if kept != 1:
             for j in range(r * v, (r + 1) * v):
                 sums[j] *= kept
@@ -177,8 +173,8 @@ def _weigh(scores, n, marks, sums, room, bits):
 
 @compiled(fastmath=FAST)
 def _meet(
-    x, part, runs, is_value, query, start, shared, scores, sums, queries, scales, zeros, scale_at,
-    zero_at, scale, scale_bits, zero, found,
+    x, part, runs, is_value, query, start, shared, scores, sums, queries, scale_at, zero_at, scale,
+    zero, found,
 ):  # fmt: skip
     """Let the rows that share a latent, from ``start`` on, meet its levels [n, B, D].
 
@@ -192,9 +188,7 @@ def _meet(
     scaled = part[FORM] in (TOKEN_FORM, NORMAL_FORM)
     for block in range(blocks):
         if scaled:
-            read_factors(
-                part, scales, zeros, scale_at, zero_at, n, block, scale, scale_bits, zero
-            )  # fmt: skip
+            read_factors(part, scale_at, zero_at, n, block, scale, zero)
         if is_value:
             to = sums[start * v : stop * v].reshape(shared, blocks, size)
             _add_values(to, scores[start:stop], x, block, scaled, scale, zero, found[0])
@@ -221,8 +215,21 @@ def _put_in_order(held, runs, sums, rows):
 
 
 @compiled()
+def _read_query(address, form, factor, out):
+    """Write the numbers of a query, which are stored in a form, times a factor."""
+    if form == FLOAT32:
+        out[:] = numbers_at(address, out.shape[0], np.float32)
+    elif form == BFLOAT16:
+        widen_bfloat16(numbers_at(address, out.shape[0], np.uint16), out)
+    else:
+        widen_float16(numbers_at(address, out.shape[0], np.uint16), out)
+    for j in range(out.shape[0]):
+        out[j] *= factor
+
+
+@compiled()
 def _begin(scores, mask, b, group, low, n):
-    """Write to scores [r, n] what the mask adds to them."""
+    """Write to scores [r, n] what the mask adds to those of tokens from ``low`` on."""
     scores[:] = 0
     if mask.shape[0]:
         own = mask[min(b, mask.shape[0] - 1)]
@@ -233,17 +240,13 @@ def _begin(scores, mask, b, group, low, n):
 
 
 @compiled()
-def _attend_some(
-    query, table, curves, numbers, halves, codes, scales, zeros, mask, rows, b, group, start, stop,
-    step, sums, marks, room, room_bits,
-):  # fmt: skip
-    """Attend with queries [r * k] over the tokens of a unit; sums [r * v], marks [2 * r]."""
+def _attend_some(query, table, start, stop, mask, rows, b, group, step, sums, marks, room):
+    """Attend with queries [r * k] over some tokens of a span; sums [r * v], marks [2 * r]."""
     values, most = table.shape[0] - 1, 0
     for p in range(table.shape[0]):
         most = max(most, table[p, WIDTH])
-    levels = step * (most + SPARE)
-    scale, scale_bits = room[levels:], room_bits[levels:]
-    factors, factor_bits = room[levels + step :], room_bits[levels + step :]
+    scale = room[step * (most + SPARE) :]
+    factors = scale[step:]
     scores, found = np.empty((rows, step), np.float32), np.empty((4, step), np.float32)
     zero, queries = np.zeros(step, np.float32), np.empty(rows * (most + SPARE), np.float32)
     order = runs_of(table[values])
@@ -254,108 +257,104 @@ def _attend_some(
     marks[rows:] = 0
     for low in range(start, stop, step):
         n = min(step, stop - low)
-        _begin(scores, mask, b, group, low, n)
+        _begin(scores, mask, b, group, table[values, START] + low, n)
         for p in range(values + 1):
             part, latents, width = table[p], table[p, LATENTS], table[p, WIDTH]
             if width == 0:
                 continue
             if p == values:
-                _weigh(scores, n, marks, held, room, room_bits)
-            form = part[FORM]
+                _weigh(scores, n, marks, held, room)
+            form, row = part[FORM], part[ROW]
             scaled = form in (TOKEN_FORM, NORMAL_FORM)
             blocks, shared = part[BLOCKS] if scaled else 1, rows // latents
             runs = runs_of(part)
             size = -(-width // runs) * runs // blocks
+            stored = low * blocks if scaled else low // TOKENS * width
+            few = shared < WIDENED_ONCE
             for latent in range(latents):
                 g = group * latents + latent
-                at = part[CODES] + b * part[CODES_B] + g * part[CODES_G] + low * part[ROW]
-                stored = low * blocks if scaled else low // TOKENS * width
-                scale_at = part[SCALE] + b * part[SCALE_B] + g * part[SCALE_G] + stored
+                at = part[CODES] + b * part[CODES_B] + g * part[CODES_G] + low * row
+                scale_at = part[SCALE] + b * part[SCALE_B] + g * part[SCALE_G] + 2 * stored
                 zero_at = part[ZERO] + b * part[ZERO_B] + g * part[ZERO_G] + stored
                 where = (
                     part, runs, p == values, query, latent * shared, shared, scores, held, queries,
-                    scales[p], zeros[p], scale_at, zero_at, scale, scale_bits, zero, found,
+                    scale_at, zero_at, scale, zero, found,
                 )  # fmt: skip
-                few, row = shared < WIDENED_ONCE, part[ROW]
                 if few and form == BFLOAT16:
-                    x = halves[p][at : at + n * width]
+                    x = numbers_at(at, n * width, np.uint16)
                     _meet(x.reshape(n, blocks, size), *where)
                 elif few and form == TOKEN_FORM and part[BITS] == 8:
-                    x = codes[p][at : at + n * width]
+                    x = numbers_at(at, n * width, np.uint8)
                     _meet(x.reshape(n, blocks, size), *where)
                 elif few and form == TOKEN_FORM and part[BITS] == 4 and 2 * row == size:
-                    x = codes[p][at : at + n * row].view(np.int8)
+                    x = numbers_at(at, n * row, np.int8)
                     _meet(x.reshape(n, 1, row), *where)
                 elif runs > 1:
-                    x = read_words(part, curves[p], codes[p], at, n, runs, room)
+                    x = read_words(part, at, n, runs, room)
                     _meet(x.reshape(n, blocks, size), *where)
                 else:
-                    x = read_levels(
-                        part, curves[p], numbers[p], halves[p], codes[p], scales[p], zeros[p], at,
-                        scale_at, zero_at, n, room, room_bits, factors, factor_bits,
-                    )  # fmt: skip
+                    x = read_levels(part, at, scale_at, zero_at, n, room, factors)
                     _meet(x.reshape(n, blocks, size), *where)
     if order > 1:
         _put_in_order(held, order, sums, rows)
 
 
+@compiled(fastmath=FAST)
+def _join(sums, marks, out):
+    """Write the averages [r, v] of sums [s, r * v] of some tokens each, with marks [s, 2 * r]."""
+    rows, v = out.shape
+    for r in range(rows):
+        top, norm = NOTHING, np.float32(0)
+        for s in range(sums.shape[0]):
+            top = max(top, marks[s, r])
+        out[r] = 0
+        for s in range(sums.shape[0]):
+            kept = np.float32(2.0) ** (marks[s, r] - top)
+            norm += kept * marks[s, rows + r]
+            for j in range(v):
+                out[r, j] += kept * sums[s, r * v + j]
+        if norm != 0:
+            for j in range(v):
+                out[r, j] /= norm
+
+
 @compiled(parallel=True)
-def attend(
-    query, table, curves, numbers, halves, codes, scales, zeros, mask, groups, tokens, share, step,
-    sums, marks, room, room_bits,
-):  # fmt: skip
-    """Attend over one span.
+def attend(query, out, read, work):
+    """Attend with one query for each sequence.
 
     Args:
-        query: float32 [b, h * k], times the factor of the scores and the logarithm of e to base 2.
-        table: int64 [parts, fields]; the values are the last part.
-        curves: float32 [parts, 2], of levels of normal numbers.
-        numbers: of each part the memory of its latents as float32, where these are its numbers.
-        halves: likewise as uint16, where they have 16 bits.
-        codes: likewise as uint8, where they are packed.
-        scales: likewise, fp16 numbers as uint16.
-        zeros: likewise, uint8.
-        mask: float32 [b or 1, h or 1, s], added to scores; [0, 0, 0] for none.
-        groups: of heads.
-        tokens: of the span.
-        share: tokens of a unit, a multiple of :data:`TOKENS`.
-        step: tokens that are unpacked at a time.
-        sums: float32 [b, groups, splits, r * v], written.
-        marks: float32 [b, groups, splits, 2 * r]: the powers of two and the norms, written.
-        room: float32 [threads, :func:`room_for` a unit].
-        room_bits: the same memory as uint32.
+        query: address of numbers [b, groups, r, k], the form in which these are stored, and the
+            factor of the scores, float32, times the logarithm of e to base 2.
+        out: address of float32 [b, groups, r, v], which are written, and b, groups and r.
+        read: the table, int64 [spans, parts, :data:`FIELDS`] with the values last; the mask, which
+            is added to scores, float32 [b or 1, h or 1, s], or [0, 0, 0]; room, float32 [threads,
+            :func:`room_for` a unit].
+        work: pieces in which each span is cut, one of which for one group is a unit of work, and
+            tokens that are unpacked at a time.
     """
-    b, splits, rows = query.shape[0], sums.shape[2], marks.shape[3] // 2
-    size = query.shape[1] // groups
-    for unit in numba.prange(b * groups * splits):
-        split, pair = unit % splits, unit // splits
-        group, one = pair % groups, pair // groups
-        _attend_some(
-            query[one, group * size : (group + 1) * size],
-            table, curves, numbers, halves, codes, scales, zeros, mask, rows, one, group,
-            min(split * share, tokens), min((split + 1) * share, tokens), step,
-            sums[one, group, split], marks[one, group, split],
-            room[numba.get_thread_id()], room_bits[numba.get_thread_id()],
-        )  # fmt: skip
-
-
-@compiled(fastmath=FAST)
-def join(sums, marks, out):
-    """Write the averages [b, groups, r, v] of what the units left."""
-    rows, v = out.shape[2], out.shape[3]
-    for b in range(out.shape[0]):
-        for g in range(out.shape[1]):
-            for r in range(out.shape[2]):
-                top = NOTHING
-                for s in range(sums.shape[2]):
-                    top = max(top, marks[b, g, s, r])
-                to, norm = out[b, g, r], np.float32(0)
-                to[:] = 0
-                for s in range(sums.shape[2]):
-                    kept = np.float32(2.0) ** (marks[b, g, s, r] - top)
-                    norm += kept * marks[b, g, s, rows + r]
-                    for j in range(v):
-                        to[j] += kept * sums[b, g, s, r * v + j]
-                if norm != 0:
-                    for j in range(to.shape[0]):
-                        to[j] /= norm
+    address, form, factor = query
+    to, batch, groups, rows = out
+    table, mask, room = read
+    pieces, step = work
+    spans, k, v = table.shape[0], 0, table[0, -1, WIDTH]
+    for p in range(table.shape[1] - 1):
+        k += table[0, p, WIDTH]
+    size, pairs = rows * k * (4 if form == FLOAT32 else 2), batch * groups
+    sums = np.empty((pairs, pieces, spans, rows * v), np.float32)
+    marks = np.empty((pairs, pieces, spans, 2 * rows), np.float32)
+    for unit in numba.prange(pairs * pieces):
+        piece, pair = unit % pieces, unit // pieces
+        own = np.empty(rows * k, np.float32)
+        _read_query(address + pair * size, form, factor, own)
+        for s in range(spans):
+            tokens = table[s, -1, SPAN_TOKENS]
+            share = -(-tokens // (pieces * TOKENS)) * TOKENS
+            _attend_some(
+                own, table[s], min(piece * share, tokens), min((piece + 1) * share, tokens), mask,
+                rows, pair // groups, pair % groups, step, sums[pair, piece, s],
+                marks[pair, piece, s], room[numba.get_thread_id()],
+            )  # fmt: skip
+    for pair in range(pairs):
+        left = sums[pair].reshape(pieces * spans, rows * v)
+        found = numbers_at(to + pair * rows * v * 4, rows * v, np.float32).reshape(rows, v)
+        _join(left, marks[pair].reshape(pieces * spans, 2 * rows), found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .numba_compiled import FAST, compiled
 from .numba_lanes import keep, unpacked
+from .numba_memory import numbers_at
 from .numba_part import (
     BFLOAT16,
     BITS,
@@ -22,28 +23,33 @@ from .numba_part import (
     TOKENS,
     WIDTH,
 )
+from .quantizer_normal import CUBICS
 
 try:
     import numpy as np
 except ImportError as missing:
     raise ImportError("the package numpy is not installed") from missing
 
+CURVES = np.array([CUBICS.get(bits, (0.0, 0.0)) for bits in range(9)], np.float32)
 HALF_UNIT = np.float32(2.0**112)  # an fp16 number over the float32 with its bits shifted
 
 
 @compiled()
-def _widen_bfloat16(x, out):
+def widen_bfloat16(x, out):
+    """Write bfloat16 numbers, uint16, as float32 ones."""
+    bits = out.view(np.uint32)
     for j in range(x.shape[0]):
-        out[j] = np.uint32(x[j]) << np.uint32(16)
+        bits[j] = np.uint32(x[j]) << np.uint32(16)
 
 
 @compiled()
-def _widen_float16(x, out, bits):
-    """Write fp16 numbers, uint16, as float32 ones; ``bits`` are those of ``out``.
+def widen_float16(x, out):
+    """Write fp16 numbers, uint16, as float32 ones.
 
     A scale of 2 ** 112 makes up for the exponent's other bias, numbers that are not normalised
     included; infinity and NaN, whose exponent is all ones, get the float32's.
     """
+    bits = out.view(np.uint32)
     for j in range(x.shape[0]):
         bits[j] = np.uint32(x[j] & np.uint16(0x7FFF)) << np.uint32(13)
     for j in range(x.shape[0]):
@@ -113,14 +119,15 @@ def _words(packed, out, runs):
 
 
 @compiled()
-def read_words(part, curve, codes, at, n, runs, room):
+def read_words(part, at, n, runs, room):
     """Return the levels [n, columns, runs] in a row of n latents that begin at ``at``."""
     row = part[ROW]
     columns = row // 3 if runs == 8 else row
     out = room[: n * columns * runs]
-    _words(codes[at : at + n * row].reshape(n, row // columns, columns), out, runs)
+    stored = numbers_at(at, n * row, np.uint8)
+    _words(stored.reshape(n, row // columns, columns), out, runs)
     if part[FORM] == NORMAL_FORM:
-        _bend(out, np.float32((2 ** part[BITS] - 1) / 2), curve[0], curve[1])
+        _bend(out, part[BITS])
     return out
 
 
@@ -131,7 +138,8 @@ def _bytes(x, out):
 
 
 @compiled(fastmath=FAST)
-def _bend(x, half, a, b):
+def _bend(x, bits):
+    half, a, b = np.float32((2**bits - 1) / 2), CURVES[bits, 0], CURVES[bits, 1]
     for j in range(x.shape[0]):
         u = x[j] - half
         x[j] = u * (a + b * u * u)
@@ -144,19 +152,16 @@ def _by_channel(x, scale, zero, unit):
 
 
 @compiled()
-def read_levels(
-    part, curve, numbers, halves, codes, scale, zero, at, scale_at, zero_at, n, room, room_bits,
-    factors, factor_bits,
-):  # fmt: skip
+def read_levels(part, at, scale_at, zero_at, n, room, factors):
     """Return the levels [n * w] of n latents that begin at ``at``; they may lie in ``room``."""
     form, width, row, bits = part[FORM], part[WIDTH], part[ROW], part[BITS]
     if form == FLOAT32:
-        return numbers[at : at + n * row]
-    out, stored = room[: n * width], codes[at : at + n * row]
+        return numbers_at(at, n * width, np.float32)
+    out, stored = room[: n * width], numbers_at(at, n * row, np.uint8)
     if form == BFLOAT16:
-        _widen_bfloat16(halves[at : at + n * row], room_bits)
+        widen_bfloat16(stored.view(np.uint16), out)
     elif form == FLOAT16:
-        _widen_float16(halves[at : at + n * row], room, room_bits)
+        widen_float16(stored.view(np.uint16), out)
     elif bits == 8:
         _bytes(stored, out)
     else:
@@ -172,30 +177,29 @@ def read_levels(
                 for j in range(width):
                     room[t * width + j] = room[t * runs * columns + j]
     if form == NORMAL_FORM:
-        _bend(out, np.float32((2**bits - 1) / 2), curve[0], curve[1])
+        _bend(out, bits)
     elif form == CHANNEL_FORM:
         unit = np.float32(2.0**bits / 256)
         for block in range(n // TOKENS):
-            own = scale[scale_at + block * width : scale_at + (block + 1) * width]
-            _widen_float16(own, factors, factor_bits)
-            zeros = zero[zero_at + block * width : zero_at + (block + 1) * width]
+            widen_float16(numbers_at(scale_at + 2 * block * width, width, np.uint16), factors)
+            zeros = numbers_at(zero_at + block * width, width, np.uint8)
             for t in range(block * TOKENS, (block + 1) * TOKENS):
                 _by_channel(out[t * width : (t + 1) * width], factors, zeros, unit)
     return out
 
 
 @compiled(fastmath=FAST)
-def read_factors(part, scale, zero, scale_at, zero_at, n, block, scales, bits, zeros):
+def read_factors(part, scale_at, zero_at, n, block, scales, zeros):
     """Write the scales and zero points, in levels, of n tokens in one block of dimensions."""
-    blocks = part[BLOCKS]
-    own = scale[scale_at : scale_at + n * blocks]
+    blocks, bits = part[BLOCKS], scales.view(np.uint32)
+    own = numbers_at(scale_at, n * blocks, np.uint16)
     for t in range(n):
         bits[t] = np.uint32(own[t * blocks + block]) << np.uint32(13)
     for t in range(n):
         scales[t] *= HALF_UNIT
     if part[FORM] == TOKEN_FORM:
         unit = np.float32(2.0 ** part[BITS] / 256)
-        levels = zero[zero_at : zero_at + n * blocks]
+        levels = numbers_at(zero_at, n * blocks, np.uint8)
         for t in range(n):
             zeros[t] = unit * np.float32(levels[t * blocks + block])
     else:

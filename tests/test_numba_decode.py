@@ -87,6 +87,14 @@ def test_widths_that_do_not_fill_words(width: int, bits: int) -> None:
     check(query, spans)
 
 
+@pytest.mark.parametrize(("form", "bits"), FORMS)
+@pytest.mark.parametrize("heads", [2, 6, 14])
+def test_widths_with_a_scale_for_each_number(heads: int, form: str, bits: int) -> None:
+    """No number of blocks but 67 divides 67; 3 and 7 queries of a latent are no whole fours."""
+    query, spans = case([(2, 67, form, bits)], (2, 134, form, bits), 96, heads, torch.float32)
+    check(query, spans)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 4, 5, 7, 8, 11, 12, 15, 16, 23])
 def test_rows_of_bytes_with_two_codes_each(columns: int) -> None:
     """They are read 8 and 4 bytes at a time, and one by one where these do not fit."""

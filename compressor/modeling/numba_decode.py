@@ -21,7 +21,7 @@ from torch import Tensor
 from .decode_spans import PartTokens, Span, exact, spans_of
 from .decode_tiles import EXACT
 from .numba_compiled import said_if_slow
-from .numba_kernels import LOWEST, MOST_THREADS, attend, room_for
+from .numba_kernels import MOST_THREADS, attend, room_for
 from .numba_part import (
     BFLOAT16,
     CHANNEL_FORM,
@@ -32,6 +32,7 @@ from .numba_part import (
     TOKEN_FORM,
     TOKENS,
 )
+from .numba_weights import LOWEST
 from .packed_latents import PackedLatents
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
 

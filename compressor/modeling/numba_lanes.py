@@ -9,10 +9,11 @@ high half of a byte.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 try:
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic, models, register_model
@@ -21,6 +22,7 @@ except ImportError as missing:
 
 FLOAT, WORD = ir.FloatType(), ir.IntType(32)
 ANY_ORDER = ("reassoc", "contract", "nsz")
+WIDEST = 16 if binding.get_host_cpu_features().get("avx512f") else 8  # of this processor
 
 
 class Lanes(types.Type):
@@ -152,6 +154,21 @@ def spread(_context, number, count):
     return _type(count)(types.float32, count), codegen
 
 
+@intrinsic(prefer_literal=True)
+def wider(_context, x, count):
+    """Return numbers with zeros behind, so many in all."""
+
+    def codegen(_target, builder, _signature, arguments):
+        had, width = x.lanes, count.literal_value
+        if had == width:
+            return arguments[0]
+        zeros = _splat(FLOAT, 0.0, had)
+        places = ir.Constant(_wide(WORD, width), [min(lane, had) for lane in range(width)])
+        return builder.shuffle_vector(arguments[0], zeros, places)
+
+    return Lanes(count.literal_value)(x, count), codegen
+
+
 @intrinsic
 def added(_context, a, b, to):
     """Return ``a * b + to``."""
@@ -189,3 +206,62 @@ def keep(_context, x, i, wide, count):
         return context.get_dummy_value()
 
     return types.void(x, types.intp, _type(count), count), codegen
+
+
+@intrinsic
+def eight_sums(_context, eight):
+    """Return the sums of eight runs of numbers, side by side; runs are 8 or 16 numbers."""
+
+    def codegen(_target, builder, _signature, arguments):
+        runs = [builder.extract_value(arguments[0], index) for index in range(8)]
+        while len(runs) > 1:
+            runs = [_halved(builder, *runs[i : i + 2]) for i in range(0, len(runs), 2)]
+        found = runs[0]
+        return found if eight.dtype.lanes == 8 else _halved(builder, found)
+
+    return Lanes(8)(eight), codegen
+
+
+def _halved(builder: Any, one: Any, other: Any = None) -> Any:
+    """Return the sums of numbers two by two, of one run and then of another."""
+    width = one.type.count * (1 if other is None else 2)
+    other = ir.Constant(one.type, ir.Undefined) if other is None else other
+    even, odd = (
+        builder.shuffle_vector(one, other, ir.Constant(_wide(WORD, width // 2), list(lanes_of)))
+        for lanes_of in (range(0, width, 2), range(1, width, 2))
+    )
+    return builder.fadd(even, odd, flags=ANY_ORDER)
+
+
+def _pairs(context: Any, builder: Any, array: Any, arguments: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the pairs of eight numbers, and the addresses from ``x[i]`` on, a stride apart."""
+    _, i, stride, eight = arguments
+    for pair in range(4):
+        where = [arguments[0], builder.add(i, builder.mul(stride, ir.Constant(stride.type, pair)))]
+        two = ir.Constant(_wide(WORD, 2), [2 * pair, 2 * pair + 1])
+        yield builder.shuffle_vector(eight, eight, two), _place(context, builder, array, where, 2)
+
+
+@intrinsic
+def keep_pairs(_context, x, i, stride, eight):
+    """Write eight numbers, two by two, to ``x[i]``, ``x[i + stride]`` and so on."""
+
+    def codegen(context, builder, _signature, arguments):
+        for pair, place in _pairs(context, builder, x, arguments):
+            builder.store(pair, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, eight), codegen
+
+
+@intrinsic
+def add_pairs(_context, x, i, stride, eight):
+    """Add eight numbers likewise."""
+
+    def codegen(context, builder, _signature, arguments):
+        for pair, place in _pairs(context, builder, x, arguments):
+            found = builder.fadd(builder.load(place, align=4), pair, flags=ANY_ORDER)
+            builder.store(found, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, eight), codegen

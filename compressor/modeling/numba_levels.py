@@ -1,4 +1,4 @@
-"""What stored latents stand for: levels, float32, and the scales and zero points beside them.
+"""What stored latents stand for: numbers, float32, or levels with the scales beside them.
 
 Codes of 3 and 2 bits are read word by word where each token has one scale, and stay in the order
 in which words hold them; all others have the order of the latent. Letters: n tokens, w width.
@@ -7,7 +7,7 @@ in which words hold them; all others have the order of the latent. Letters: n to
 from __future__ import annotations
 
 from .numba_compiled import FAST, compiled
-from .numba_lanes import keep, unpacked
+from .numba_lanes import WIDEST, added, high_lanes, keep, lanes, spread, unpacked
 from .numba_memory import numbers_at
 from .numba_part import (
     BFLOAT16,
@@ -151,43 +151,6 @@ def _by_channel(x, scale, zero, unit):
         x[j] = (x[j] - unit * np.float32(zero[j])) * scale[j]
 
 
-@compiled()
-def read_levels(part, at, scale_at, zero_at, n, room, factors):
-    """Return the levels [n * w] of n latents that begin at ``at``; they may lie in ``room``."""
-    form, width, row, bits = part[FORM], part[WIDTH], part[ROW], part[BITS]
-    if form == FLOAT32:
-        return numbers_at(at, n * width, np.float32)
-    out, stored = room[: n * width], numbers_at(at, n * row, np.uint8)
-    if form == BFLOAT16:
-        widen_bfloat16(stored.view(np.uint16), out)
-    elif form == FLOAT16:
-        widen_float16(stored.view(np.uint16), out)
-    elif bits == 8:
-        _bytes(stored, out)
-    else:
-        runs = 8 if bits == 3 else 8 // bits
-        columns = row * 8 // bits // runs
-        to = room[: n * runs * columns].reshape(n, runs, columns)
-        if bits == 4:
-            _halves(stored.reshape(n, row), to)
-        else:
-            _codes(stored.reshape(n, row // columns, columns), to, bits)
-        if runs * columns > width:
-            for t in range(1, n):
-                for j in range(width):
-                    room[t * width + j] = room[t * runs * columns + j]
-    if form == NORMAL_FORM:
-        _bend(out, bits)
-    elif form == CHANNEL_FORM:
-        unit = np.float32(2.0**bits / 256)
-        for block in range(n // TOKENS):
-            widen_float16(numbers_at(scale_at + 2 * block * width, width, np.uint16), factors)
-            zeros = numbers_at(zero_at + block * width, width, np.uint8)
-            for t in range(block * TOKENS, (block + 1) * TOKENS):
-                _by_channel(out[t * width : (t + 1) * width], factors, zeros, unit)
-    return out
-
-
 @compiled(fastmath=FAST)
 def read_factors(part, scale_at, zero_at, n, block, scales, zeros):
     """Write the scales and zero points, in levels, of n tokens in one block of dimensions."""
@@ -204,6 +167,144 @@ def read_factors(part, scale_at, zero_at, n, block, scales, zeros):
             zeros[t] = unit * np.float32(levels[t * blocks + block])
     else:
         zeros[:n] = np.float32(0)
+
+
+@compiled(fastmath=FAST)
+def _factors_of_blocks(part, scale_at, zero_at, scales, lost):
+    """Write the scales of blocks, and what their zero points take from numbers."""
+    bits, own = scales.view(np.uint32), numbers_at(scale_at, scales.shape[0], np.uint16)
+    for k in range(scales.shape[0]):
+        bits[k] = np.uint32(own[k]) << np.uint32(13)
+    for k in range(scales.shape[0]):
+        scales[k] *= HALF_UNIT
+    if part[FORM] == TOKEN_FORM:
+        unit = np.float32(2.0 ** part[BITS] / 256)
+        zeros = numbers_at(zero_at, scales.shape[0], np.uint8)
+        for k in range(scales.shape[0]):
+            lost[k] = scales[k] * (unit * np.float32(zeros[k]))
+    else:
+        lost[:] = np.float32(0)
+
+
+@compiled(fastmath=FAST)
+def _scale(x, scales, lost):
+    """Turn levels [n, D] into numbers, each row by its scale."""
+    for k in range(x.shape[0]):
+        scale, less = scales[k], lost[k]
+        for j in range(x.shape[1]):
+            x[k, j] = x[k, j] * scale - less
+
+
+@compiled(fastmath=FAST, inline="always")
+def _write(out, to, codes, scale, less, count):
+    keep(out, to, added(codes, spread(scale, count), spread(less, count)), count)
+
+
+@compiled(fastmath=FAST)
+def _scale_bytes(stored, out, size, scales, lost):
+    """Write codes of 8 bits as numbers, ``size`` of which have one scale."""
+    wide = size // WIDEST * WIDEST
+    for k in range(scales.shape[0]):
+        scale, less = scales[k], -lost[k]
+        for j in range(k * size, k * size + wide, WIDEST):
+            _write(out, j, lanes(stored, j, WIDEST), scale, less, WIDEST)
+        for j in range(k * size + wide, (k + 1) * size):
+            _write(out, j, lanes(stored, j, 1), scale, less, 1)
+
+
+@compiled(fastmath=FAST)
+def _scale_halves(stored, out, row, blocks, size, scales, lost):
+    """Write codes of 4 bits, rows of so many bytes, as numbers; a row has so many blocks."""
+    for k in range(scales.shape[0]):
+        t, first = k // blocks, k % blocks * size
+        scale, less, to, at = scales[k], -lost[k], t * blocks * size, t * row
+        middle = min(max(first, row), first + size)
+        wide = first + (middle - first) // WIDEST * WIDEST
+        for j in range(first, wide, WIDEST):
+            _write(out, to + j, lanes(stored, at + j, WIDEST), scale, less, WIDEST)
+        for j in range(wide, middle):
+            _write(out, to + j, lanes(stored, at + j, 1), scale, less, 1)
+        wide = middle + (first + size - middle) // WIDEST * WIDEST
+        for j in range(middle, wide, WIDEST):
+            _write(out, to + j, high_lanes(stored, at + j - row, WIDEST), scale, less, WIDEST)
+        for j in range(wide, first + size):
+            _write(out, to + j, high_lanes(stored, at + j - row, 1), scale, less, 1)
+
+
+@compiled()
+def _unpack(part, stored, out, n):
+    """Write the codes of n tokens as numbers; ``out`` has room for words that are not full."""
+    width, row, bits = part[WIDTH], part[ROW], part[BITS]
+    if bits == 8:
+        _bytes(stored, out)
+        return
+    runs = 8 if bits == 3 else 8 // bits
+    columns = row * 8 // bits // runs
+    to = out[: n * runs * columns].reshape(n, runs, columns)
+    if bits == 4:
+        _halves(stored.reshape(n, row), to)
+    else:
+        _codes(stored.reshape(n, row // columns, columns), to, bits)
+    if runs * columns > width:
+        for t in range(1, n):
+            for j in range(width):
+                out[t * width + j] = out[t * runs * columns + j]
+
+
+@compiled()
+def _read_by_channel(part, stored, scale_at, zero_at, n, whole, factors):
+    """Write numbers of a block of tokens with a scale for each dimension."""
+    width, unit = part[WIDTH], np.float32(2.0 ** part[BITS] / 256)
+    _unpack(part, stored, whole, n)
+    widen_float16(numbers_at(scale_at, width, np.uint16), factors)
+    zeros = numbers_at(zero_at, width, np.uint8)
+    for t in range(n):
+        _by_channel(whole[t * width : (t + 1) * width], factors, zeros, unit)
+
+
+@compiled()
+def _read_by_token(part, stored, scale_at, zero_at, n, whole, factors, lost):
+    """Write numbers of tokens with a scale for each block of dimensions."""
+    blocks, width, bits = part[BLOCKS], part[WIDTH], part[BITS]
+    size, scales, less = width // blocks, factors[: n * blocks], lost[: n * blocks]
+    _factors_of_blocks(part, scale_at, zero_at, scales, less)
+    if part[FORM] == TOKEN_FORM and bits == 8:
+        _scale_bytes(stored, whole, size, scales, less)
+    elif part[FORM] == TOKEN_FORM and bits == 4 and 2 * part[ROW] == width:
+        _scale_halves(stored.view(np.int8), whole, part[ROW], blocks, size, scales, less)
+    else:
+        _unpack(part, stored, whole, n)
+        out = whole[: n * width]
+        if part[FORM] == NORMAL_FORM:
+            _bend(out, bits)
+        _scale(out.reshape(n * blocks, size), scales, less)
+
+
+@compiled()
+def read_numbers(part, at, scale_at, zero_at, n, room, factors, lost):
+    """Return the numbers [n * w] of n latents that begin at ``at``; they may lie in ``room``.
+
+    They are read some tokens at a time, which stay near while they are unpacked, bent and scaled.
+    """
+    form, width, row = part[FORM], part[WIDTH], part[ROW]
+    if form == FLOAT32:
+        return numbers_at(at, n * width, np.float32)
+    for start in range(0, n, TOKENS):
+        m, whole = min(TOKENS, n - start), room[start * width :]
+        stored = numbers_at(at + start * row, m * row, np.uint8)
+        if form == BFLOAT16:
+            widen_bfloat16(stored.view(np.uint16), whole)
+        elif form == FLOAT16:
+            widen_float16(stored.view(np.uint16), whole[: m * width])
+        elif form == CHANNEL_FORM:
+            first = start // TOKENS * width
+            where = (scale_at + 2 * first, zero_at + first, m, whole, factors)
+            _read_by_channel(part, stored, *where)
+        else:
+            first = start * part[BLOCKS]
+            where = (scale_at + 2 * first, zero_at + first, m, whole, factors, lost)
+            _read_by_token(part, stored, *where)
+    return room[: n * width]
 
 
 @compiled()

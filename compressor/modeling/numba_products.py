@@ -1,13 +1,27 @@
 """Products of queries and weights with what is stored, for numba's kernels.
 
 Numbers, and codes of 8 and 4 bits, become float32 on their way into a product; rows are read as
-:mod:`numba_lanes` can. Letters: n tokens, B blocks of D dimensions.
+:mod:`numba_lanes` can, the widest lanes first, and what is left by narrower ones. Four queries or
+more of a latent meet its numbers in :mod:`numba_four_rows`. Letters: r rows (queries, and their
+weights and values), n tokens, B blocks of D dimensions.
 """
 
 from __future__ import annotations
 
 from .numba_compiled import FAST, compiled
-from .numba_lanes import added, as_number, high_lanes, keep, lanes, spread, sum_of
+from .numba_four_rows import ROWS, add_rows, dots_of_rows, eight_of
+from .numba_lanes import (
+    WIDEST,
+    added,
+    as_number,
+    eight_sums,
+    high_lanes,
+    keep,
+    lanes,
+    spread,
+    wider,
+)
+from .numba_memory import fetch
 
 try:
     import numba
@@ -17,97 +31,134 @@ except ImportError as missing:
     raise ImportError("the package numba is not installed, or too old for numpy") from missing
 
 TOGETHER = 8  # tokens that are added at a time
+WIDENED_ONCE = ROWS  # queries of a latent from which on its numbers are written wide, once for all
+
+
+@compiled(inline="always")
+def _eight_places(t, n, row, first):
+    """Return where the rows of eight tokens from ``t`` on begin; there are n."""
+    last = n - 1
+    return (
+        min(t, last) * row + first, min(t + 1, last) * row + first,
+        min(t + 2, last) * row + first, min(t + 3, last) * row + first,
+        min(t + 4, last) * row + first, min(t + 5, last) * row + first,
+        min(t + 6, last) * row + first, min(t + 7, last) * row + first,
+    )  # fmt: skip
+
+
+@compiled(fastmath=FAST, inline="always")
+def _more_of_eight(sums, q, x, places, j, count):
+    """Add to sums the products of numbers of a query with those of eight tokens."""
+    a, b, c, d, e, f, g, h = sums
+    m, n, o, p, r, s, t, u = places
+    own = wider(lanes(q, j, count), WIDEST)
+    a = added(own, wider(lanes(x, m + j, count), WIDEST), a)
+    b = added(own, wider(lanes(x, n + j, count), WIDEST), b)
+    c = added(own, wider(lanes(x, o + j, count), WIDEST), c)
+    d = added(own, wider(lanes(x, p + j, count), WIDEST), d)
+    e = added(own, wider(lanes(x, r + j, count), WIDEST), e)
+    f = added(own, wider(lanes(x, s + j, count), WIDEST), f)
+    g = added(own, wider(lanes(x, t + j, count), WIDEST), g)
+    h = added(own, wider(lanes(x, u + j, count), WIDEST), h)
+    return a, b, c, d, e, f, g, h
+
+
+@compiled(fastmath=FAST, inline="always")
+def _more_high_of_eight(sums, q, x, places, first, j, count):
+    """Likewise with the high codes of bytes, which are the query's from ``first`` on."""
+    a, b, c, d, e, f, g, h = sums
+    m, n, o, p, r, s, t, u = places
+    own = wider(lanes(q, first + j, count), WIDEST)
+    a = added(own, wider(high_lanes(x, m + j, count), WIDEST), a)
+    b = added(own, wider(high_lanes(x, n + j, count), WIDEST), b)
+    c = added(own, wider(high_lanes(x, o + j, count), WIDEST), c)
+    d = added(own, wider(high_lanes(x, p + j, count), WIDEST), d)
+    e = added(own, wider(high_lanes(x, r + j, count), WIDEST), e)
+    f = added(own, wider(high_lanes(x, s + j, count), WIDEST), f)
+    g = added(own, wider(high_lanes(x, t + j, count), WIDEST), g)
+    h = added(own, wider(high_lanes(x, u + j, count), WIDEST), h)
+    return a, b, c, d, e, f, g, h
 
 
 @compiled(fastmath=FAST)
-def _dots(q, x, block, out):
+def _dots(q, x, ahead, block, out):
     """Write the products [n] of a query [D] with a block of levels [n, B, D].
 
-    Two are summed side by side, or each would wait for the end of the one before.
+    Up to seven numbers behind n may be written, too.
     """
-    whole = x.shape[0] // 2 * 2
-    for t in range(0, whole, 2):
-        one = two = np.float32(0)
-        for j in range(x.shape[2]):
-            one += q[j] * as_number(x[t, block, j])
-            two += q[j] * as_number(x[t + 1, block, j])
-        out[t], out[t + 1] = one, two
-    for t in range(whole, x.shape[0]):
-        total = np.float32(0)
-        for j in range(x.shape[2]):
-            total += q[j] * as_number(x[t, block, j])
-        out[t] = total
+    n, size, row = x.shape[0], x.shape[2], x.shape[1] * x.shape[2]
+    wide, eight, four = size // WIDEST * WIDEST, size // 8 * 8, size // 4 * 4
+    x, zero = x.reshape(x.size), np.float32(0)
+    for t in range(0, n, 8):
+        fetch(ahead, t, 8)
+        places = _eight_places(t, n, row, block * size)
+        sums = eight_of(spread(zero, WIDEST))
+        for j in range(0, wide, WIDEST):
+            sums = _more_of_eight(sums, q, x, places, j, WIDEST)
+        if eight > wide:
+            sums = _more_of_eight(sums, q, x, places, wide, 8)
+        if four > eight:
+            sums = _more_of_eight(sums, q, x, places, eight, 4)
+        keep(out, t, eight_sums(sums), 8)
+        for j in range(four, size):
+            for k in range(8):
+                out[t + k] += q[j] * as_number(x[places[k] + j])
 
 
 @compiled(fastmath=FAST)
-def _four_dots(q, x, block, out):
-    """Write the products [4, n] of queries [4, D] with a block of levels [n, B, D]."""
-    a, b, c, d = q[0], q[1], q[2], q[3]
-    for t in range(x.shape[0]):
-        one = two = three = four = np.float32(0)
-        for j in range(x.shape[2]):
-            number = as_number(x[t, block, j])
-            one += a[j] * number
-            two += b[j] * number
-            three += c[j] * number
-            four += d[j] * number
-        out[0, t], out[1, t], out[2, t], out[3, t] = one, two, three, four
-
-
-@compiled(fastmath=FAST)
-def _add(out, w, x, block):
-    """Add to out [D] a block of levels [n, B, D] times weights [n]."""
-    whole = x.shape[0] // TOGETHER * TOGETHER
-    for t in range(0, whole, TOGETHER):
-        a, b, c, d = w[t], w[t + 1], w[t + 2], w[t + 3]
-        e, f, g, h = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
-        for j in range(out.shape[0]):
-            out[j] += (
-                a * as_number(x[t, block, j]) + b * as_number(x[t + 1, block, j])
-                + c * as_number(x[t + 2, block, j]) + d * as_number(x[t + 3, block, j])
-            ) + (
-                e * as_number(x[t + 4, block, j]) + f * as_number(x[t + 5, block, j])
-                + g * as_number(x[t + 6, block, j]) + h * as_number(x[t + 7, block, j])
-            )  # fmt: skip
-    for t in range(whole, x.shape[0]):
-        for j in range(out.shape[0]):
-            out[j] += w[t] * as_number(x[t, block, j])
-
-
-@compiled(fastmath=FAST, inline="always")
-def _two_more(a, b, q, x, one, other, columns, j, count):
-    """Add to sums, side by side, the products of a query with bytes j of two tokens' codes."""
-    own = lanes(q, j, count)
-    a = added(own, lanes(x, one * columns + j, count), a)
-    b = added(own, lanes(x, other * columns + j, count), b)
-    own = lanes(q, columns + j, count)
-    a = added(own, high_lanes(x, one * columns + j, count), a)
-    b = added(own, high_lanes(x, other * columns + j, count), b)
-    return a, b
-
-
-@compiled(fastmath=FAST)
-def _dots_of_halves(q, x, out):
+def _dots_of_halves(q, x, ahead, out):
     """Write the products [n] of a query [D] with codes of 4 bits, two in a byte [n, 1, D / 2]."""
-    n, columns, nothing = x.shape[0], x.shape[2], np.float32(0)
-    wide, half = columns // 8 * 8, columns // 4 * 4
+    n, row, zero = x.shape[0], x.shape[2], np.float32(0)
+    wide, eight, four = row // WIDEST * WIDEST, row // 8 * 8, row // 4 * 4
     x = x.reshape(x.size)
-    for t in range(0, n, 2):
-        last = min(t + 1, n - 1)
-        a = b = spread(nothing, 8)
-        for j in range(0, wide, 8):
-            a, b = _two_more(a, b, q, x, t, last, columns, j, 8)
-        c = d = spread(nothing, 4)
-        if half > wide:
-            c, d = _two_more(c, d, q, x, t, last, columns, wide, 4)
-        one, two = sum_of(a) + sum_of(c), sum_of(b) + sum_of(d)
-        for j in range(half, columns):
-            one, two = _two_more(one, two, q, x, t, last, columns, j, 1)
-        out[t], out[last] = one, two
+    for t in range(0, n, 8):
+        fetch(ahead, t, 8)
+        places = _eight_places(t, n, row, 0)
+        sums = eight_of(spread(zero, WIDEST))
+        for j in range(0, wide, WIDEST):
+            sums = _more_of_eight(sums, q, x, places, j, WIDEST)
+            sums = _more_high_of_eight(sums, q, x, places, row, j, WIDEST)
+        if eight > wide:
+            sums = _more_of_eight(sums, q, x, places, wide, 8)
+            sums = _more_high_of_eight(sums, q, x, places, row, wide, 8)
+        if four > eight:
+            sums = _more_of_eight(sums, q, x, places, eight, 4)
+            sums = _more_high_of_eight(sums, q, x, places, row, eight, 4)
+        keep(out, t, eight_sums(sums), 8)
+        for j in range(four, row):
+            for k in range(8):
+                out[t + k] += q[j] * lanes(x, places[k] + j, 1)
+                out[t + k] += q[row + j] * high_lanes(x, places[k] + j, 1)
 
 
 @compiled(fastmath=FAST, inline="always")
-def _add_some(out, w, x, start, stop, columns, j, count):
+def _add_some(out, w, x, first, row, start, stop, j, count):
+    """Add to out some tokens' numbers from ``j`` on times weights."""
+    sums = lanes(out, j, count)
+    for t in range(start, stop):
+        sums = added(spread(w[t], count), lanes(x, first + t * row + j, count), sums)
+    keep(out, j, sums, count)
+
+
+@compiled(fastmath=FAST)
+def _add(out, w, x, ahead, block):
+    """Add to out [D] a block of levels [n, B, D] times weights [n]."""
+    n, size, row = x.shape[0], x.shape[2], x.shape[1] * x.shape[2]
+    wide, eight, first = size // WIDEST * WIDEST, size // 8 * 8, block * size
+    x = x.reshape(x.size)
+    for t in range(0, n, TOGETHER):
+        stop = min(t + TOGETHER, n)
+        fetch(ahead, t, TOGETHER)
+        for j in range(0, wide, WIDEST):
+            _add_some(out, w, x, first, row, t, stop, j, WIDEST)
+        if eight > wide:
+            _add_some(out, w, x, first, row, t, stop, wide, 8)
+        for j in range(eight, size):
+            _add_some(out, w, x, first, row, t, stop, j, 1)
+
+
+@compiled(fastmath=FAST, inline="always")
+def _add_some_halves(out, w, x, start, stop, columns, j, count):
     """Add to out the bytes j of some tokens' codes times weights."""
     low, high = lanes(out, j, count), lanes(out, columns + j, count)
     for t in range(start, stop):
@@ -119,49 +170,140 @@ def _add_some(out, w, x, start, stop, columns, j, count):
 
 
 @compiled(fastmath=FAST)
-def _add_halves(out, w, x):
+def _add_halves(out, w, x, ahead):
     """Add to out [D] codes of 4 bits, two in a byte [n, 1, D / 2], times weights [n]."""
     n, columns = x.shape[0], x.shape[2]
-    wide, half = columns // 8 * 8, columns // 4 * 4
+    wide, eight, four = columns // WIDEST * WIDEST, columns // 8 * 8, columns // 4 * 4
     x = x.reshape(x.size)
     for t in range(0, n, TOGETHER):
         stop = min(t + TOGETHER, n)
-        for j in range(0, wide, 8):
-            _add_some(out, w, x, t, stop, columns, j, 8)
-        if half > wide:
-            _add_some(out, w, x, t, stop, columns, wide, 4)
-        for j in range(half, columns):
-            _add_some(out, w, x, t, stop, columns, j, 1)
+        fetch(ahead, t, TOGETHER)
+        for j in range(0, wide, WIDEST):
+            _add_some_halves(out, w, x, t, stop, columns, j, WIDEST)
+        if eight > wide:
+            _add_some_halves(out, w, x, t, stop, columns, wide, 8)
+        if four > eight:
+            _add_some_halves(out, w, x, t, stop, columns, eight, 4)
+        for j in range(four, columns):
+            _add_some_halves(out, w, x, t, stop, columns, j, 1)
 
 
-def products(q, x, block, out):
-    """Write the products [n] of a query [D] with a block of what is stored; in kernels alone."""
+@compiled(fastmath=FAST)
+def _dots_of_numbers(q, x, block, out):
+    """Write the products [n] of a query [D] with a block of float32 numbers [n, B, D].
+
+    They come one token behind the other: memory sees by itself what is read next.
+    """
+    whole = x.shape[0] // 2 * 2
+    for t in range(0, whole, 2):
+        one = two = np.float32(0)
+        for j in range(x.shape[2]):
+            one += q[j] * x[t, block, j]
+            two += q[j] * x[t + 1, block, j]
+        out[t], out[t + 1] = one, two
+    for t in range(whole, x.shape[0]):
+        total = np.float32(0)
+        for j in range(x.shape[2]):
+            total += q[j] * x[t, block, j]
+        out[t] = total
 
 
-def four_products(q, x, block, out):
-    """Write the products [4, n] of queries [4, D] likewise."""
+@compiled(fastmath=FAST)
+def _add_numbers(out, w, x, block):
+    """Add to out [D] a block of float32 numbers [n, B, D] times weights [n]."""
+    whole = x.shape[0] // TOGETHER * TOGETHER
+    for t in range(0, whole, TOGETHER):
+        a, b, c, d = w[t], w[t + 1], w[t + 2], w[t + 3]
+        e, f, g, h = w[t + 4], w[t + 5], w[t + 6], w[t + 7]
+        for j in range(out.shape[0]):
+            out[j] += (
+                a * x[t, block, j] + b * x[t + 1, block, j] + c * x[t + 2, block, j]
+                + d * x[t + 3, block, j]
+            ) + (
+                e * x[t + 4, block, j] + f * x[t + 5, block, j] + g * x[t + 6, block, j]
+                + h * x[t + 7, block, j]
+            )  # fmt: skip
+    for t in range(whole, x.shape[0]):
+        for j in range(out.shape[0]):
+            out[j] += w[t] * x[t, block, j]
 
 
-def weighted(out, w, x, block):
-    """Add to out [D] a block of what is stored times weights [n]."""
+@compiled(fastmath=FAST)
+def _dots_of_each(query, x, ahead, block, out):
+    for r in range(query.shape[0]):
+        _dots(query[r], x, ahead, block, out[r])
 
 
-@overload(products, inline="always")
-def _chosen_products(q, x, block, out):
-    if x.dtype == numba.int8:
-        return lambda q, x, block, out: _dots_of_halves(q, x, out)
-    return lambda q, x, block, out: _dots(q, x, block, out)
+@compiled(fastmath=FAST)
+def _add_each(sums, weights, first, x, ahead, block):
+    for r in range(sums.shape[0]):
+        _add(sums[r, block], weights[r, first:], x, ahead, block)
 
 
-@overload(four_products, inline="always")
-def _chosen_four_products(q, x, block, out):
+@compiled(fastmath=FAST)
+def _dots_with_levels(query, x, ahead, block, out):
+    if query.shape[0] < ROWS:
+        for r in range(query.shape[0]):
+            _dots_of_numbers(query[r], x, block, out[r])
+    else:
+        dots_of_rows(query, x, ahead, block, out)
+
+
+@compiled(fastmath=FAST)
+def _add_levels(sums, weights, first, x, ahead, block):
+    whole = sums.shape[0] // ROWS * ROWS
+    add_rows(sums[:whole], weights, first, x, ahead, block)
+    for r in range(whole, sums.shape[0]):
+        _add_numbers(sums[r, block], weights[r, first:], x, block)
+
+
+@compiled(fastmath=FAST)
+def _dots_with_halves(query, x, ahead, out):
+    for r in range(query.shape[0]):
+        _dots_of_halves(query[r], x, ahead, out[r])
+
+
+@compiled(fastmath=FAST)
+def _add_halves_of_each(sums, weights, first, x, ahead):
+    for r in range(sums.shape[0]):
+        _add_halves(sums[r, 0], weights[r, first:], x, ahead)
+
+
+def dots(query, x, ahead, block, out):
+    """Write the products [r, n] of queries [r, D] with a block of what is stored; in kernels.
+
+    Args:
+        query: float32 [r, D].
+        x: what is stored [n, B, D].
+        ahead: what memory is asked for as tokens go by, see :func:`numba_memory.fetch`.
+        block: number of the block.
+        out: float32 [r, n and 7 more, or 0 more if that is a multiple of 8].
+    """
+
+
+def add_weighted(sums, weights, first, x, ahead, block):
+    """Add to sums [r, B, D] a block of what is stored times weights [r, n] from ``first`` on."""
+
+
+@overload(dots, inline="always")
+def _chosen_dots(query, x, ahead, block, out):
     if x.dtype == numba.float32:
-        return lambda q, x, block, out: _four_dots(q, x, block, out)
-    return lambda q, x, block, out: None  # fewer read what is not float32: WIDENED_ONCE
-
-
-@overload(weighted, inline="always")
-def _chosen_weighted(out, w, x, block):
+        return lambda query, x, ahead, block, out: _dots_with_levels(query, x, ahead, block, out)
     if x.dtype == numba.int8:
-        return lambda out, w, x, block: _add_halves(out, w, x)
-    return lambda out, w, x, block: _add(out, w, x, block)
+        return lambda query, x, ahead, block, out: _dots_with_halves(query, x, ahead, out)
+    return lambda query, x, ahead, block, out: _dots_of_each(query, x, ahead, block, out)
+
+
+@overload(add_weighted, inline="always")
+def _chosen_weighted(sums, weights, first, x, ahead, block):
+    if x.dtype == numba.float32:
+        return lambda sums, weights, first, x, ahead, block: _add_levels(
+            sums, weights, first, x, ahead, block
+        )
+    if x.dtype == numba.int8:
+        return lambda sums, weights, first, x, ahead, block: _add_halves_of_each(
+            sums, weights, first, x, ahead
+        )
+    return lambda sums, weights, first, x, ahead, block: _add_each(
+        sums, weights, first, x, ahead, block
+    )

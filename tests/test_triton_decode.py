@@ -254,3 +254,20 @@ def test_a_graph_replays_it() -> None:
     given.mul_(-0.5)
     graph.replay()
     assert error(found, attended(query * -0.5, spans, None, SCALE)) < 2e-3
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_kernels_launched_early_wait_for_what_they_read() -> None:
+    query, spans = case([(8, 40, "per_token", 4)], (8, 40, "per_token", 4), 700, 8, torch.float16)
+    there = [Span(0, 700, tuple(map(moved, spans[0].keys)), moved(spans[0].values))]
+    given = one_by_one = query.to(DEVICE)
+    for _ in range(64):
+        one_by_one = decode(one_by_one, there, None, SCALE)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chained = given
+        for _ in range(64):
+            chained = decode(chained, there, None, SCALE)
+    graph.replay()
+    assert torch.equal(chained, one_by_one)

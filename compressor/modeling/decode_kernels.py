@@ -102,6 +102,7 @@ def _attend_section(  # noqa: PLR0912
     SECTION: tl.constexpr,
     MASK: tl.constexpr,
     UPCAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attend over the tokens of one split of a section."""
     BLOCK: tl.constexpr = SECTION.rows * SECTION.tokens
@@ -109,6 +110,8 @@ def _attend_section(  # noqa: PLR0912
     head, place = column // SECTION.tokens, column % SECTION.tokens
     start = split * count(counts, 4) * BLOCK
     stop = tl.minimum(start + count(counts, 4) * BLOCK, count(counts, 0))
+    if EARLY:
+        gdc_wait()
     shrink = 1.0
     grow = factor
     if SECTION.shrinks:
@@ -244,11 +247,13 @@ def attend(
         MASK: 0 for none.
         UPCAST: multiply in float32.
         COUNTED: whether counts are on the device.
-        EARLY: the kernel that follows may be launched before this one has ended.
+        EARLY: this kernel and the one that follows are launched before the one in front has ended.
     """
     if EARLY:
         gdc_launch_dependents()
     if COUNTED:
+        if EARLY:
+            gdc_wait()
         counts = _counts_in_memory(counts, SECTIONS)
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
@@ -278,6 +283,7 @@ def attend(
                 element(SECTIONS, s),
                 MASK,
                 UPCAST,
+                EARLY,
             )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,8 +108,8 @@ def decode(
     early = launches_early(query.device)
     room = min(power_of_two(width), max(LEAST_JOINED, FEW_NUMBERS // power_of_two(slots)))
     step = min(power_of_two(slots), JOINED_NUMBERS // room)
+    ahead: dict[str, Any] = {"launch_pdl": True} if early else {}
     sizes = {"WIDTH": width, "ROOM": room, "STEP": step, "EARLY": early}
-    sizes |= {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(query):
         attend[(programs, groups, b)](
             query,
@@ -133,6 +133,7 @@ def decode(
             num_warps=settings.warps,
             num_stages=settings.stages,
             maxnreg=settings.registers,
+            **ahead,
         )
         join[(b * h, -(-width // room))](
             out,
@@ -144,6 +145,7 @@ def decode(
             **sizes,
             COUNTED=counted is not None,
             num_warps=max(1, room * step // NUMBERS_OF_WARP),
+            **ahead,
         )
     return output
 
@@ -247,7 +249,7 @@ def _mask(mask: Tensor | None, query: Tensor) -> tuple[int, Tensor, int, int]:
 def launches_early(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one that it waits for still runs: from Hopper on.
 
-    Programmatic dependent launch, CUDA C++ Programming Guide; it hides the second kernel's launch.
+    Programmatic dependent launch, CUDA C++ Programming Guide; it hides the launch of both kernels.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -75,7 +75,7 @@ def _attend_some(query, table, start, stop, mask, rows, b, group, step, sums, ma
             if part[WIDTH] == 0:
                 continue
             if is_value:
-                weigh(scores, n, marks, held, room)
+                weigh(scores, n, marks, held)
             shared = rows // latents
             size = shared * padded(part)
             for latent in range(latents):

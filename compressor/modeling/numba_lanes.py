@@ -181,6 +181,60 @@ def added(_context, a, b, to):
 
 
 @intrinsic
+def powers_of_two(_context, x, curve):
+    """Return two to the power of numbers that are 0 or less; 0 below -126, and NaN of NaN.
+
+    ``curve`` are the coefficients of two to the power of 0 to 1, the highest last.
+    """
+
+    def codegen(_target, builder, _signature, arguments):
+        width = getattr(x, "lanes", 1)
+        wide, words = _wide(FLOAT, width), _wide(WORD, width)
+        least, own = _splat(FLOAT, -126.0, width), arguments[0]
+        inside = builder.fcmp_ordered(">", own, least)
+        kept = builder.select(inside, own, least)
+        name = "llvm.floor.f32" if width == 1 else f"llvm.floor.v{width}f32"
+        kind = ir.FunctionType(wide, [wide])
+        whole = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [kept])
+        rest = builder.fsub(kept, whole)
+        *lower, found = [
+            _repeated(builder, FLOAT, builder.extract_value(arguments[1], index), width)
+            for index in range(len(curve))
+        ]
+        for coefficient in reversed(lower):
+            product = builder.fmul(found, rest, flags=ANY_ORDER)
+            found = builder.fadd(product, coefficient, flags=ANY_ORDER)
+        power = builder.add(builder.fptosi(whole, words), _splat(WORD, 127, width))
+        scale = builder.bitcast(builder.shl(power, _splat(WORD, 23, width)), wide)
+        nothing = builder.fmul(own, _splat(FLOAT, 0.0, width))
+        return builder.select(inside, builder.fmul(found, scale), nothing)
+
+    return x(x, curve), codegen
+
+
+@intrinsic
+def higher(_context, a, b):
+    """Return the higher ones of numbers side by side; NaN is not."""
+
+    def codegen(_target, builder, _signature, arguments):
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def highest_of(_context, x):
+    """Return the highest of numbers side by side."""
+
+    def codegen(_target, builder, _signature, arguments):
+        wide = _wide(FLOAT, x.lanes)
+        name, kind = f"llvm.vector.reduce.fmax.v{x.lanes}f32", ir.FunctionType(FLOAT, [wide])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+    return types.float32(x), codegen
+
+
+@intrinsic
 def sum_of(_context, x):
     """Return the sum of numbers side by side."""
 
@@ -203,6 +257,21 @@ def keep(_context, x, i, wide, count):
     def codegen(context, builder, _signature, arguments):
         place = _place(context, builder, x, arguments, count.literal_value)
         builder.store(arguments[2], place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, _type(count), count), codegen
+
+
+@intrinsic(prefer_literal=True)
+def keep_upper(_context, x, i, wide, count):
+    """Write the upper halves of numbers, which are bfloat16 ones, to ``x[i]``, uint16, and on."""
+
+    def codegen(context, builder, _signature, arguments):
+        width = count.literal_value
+        bits = builder.bitcast(arguments[2], _wide(WORD, width))
+        bits = builder.lshr(bits, _splat(WORD, 16, width))
+        place = _place(context, builder, x, arguments, width)
+        builder.store(builder.trunc(bits, _wide(ir.IntType(16), width)), place, align=2)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, _type(count), count), codegen

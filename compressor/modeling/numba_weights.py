@@ -8,6 +8,17 @@ left is joined. Letters: r rows (queries of a group), n tokens, v width of value
 from __future__ import annotations
 
 from .numba_compiled import FAST, compiled
+from .numba_lanes import (
+    WIDEST,
+    added,
+    higher,
+    highest_of,
+    keep,
+    lanes,
+    powers_of_two,
+    spread,
+    sum_of,
+)
 
 try:
     import numpy as np
@@ -16,7 +27,6 @@ except ImportError as missing:
 
 LOWEST = np.float32(-1e30)  # of what is not attended to: finite, so that differences are numbers
 NOTHING = np.float32(-5e29)  # above that and below any score
-SMALLEST = np.float32(-126.0)
 # 2 ** f for 0 <= f < 1 at Chebyshev's points: 2e-8 of it at most, below float32's own rounding.
 _POWERS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, [0, 1])
 C = tuple(np.float32(c) for c in _POWERS.convert(kind=np.polynomial.Polynomial).coef)
@@ -34,43 +44,46 @@ def begin_scores(scores, mask, b, group, low, n):
                 scores[r, t] = own[head, low + t]
 
 
-@compiled(fastmath={"nnan", "nsz"})
-def _highest(x):
-    top = x[0]
-    for j in range(x.shape[0]):
-        top = max(top, x[j])
-    return top
+@compiled()
+def _highest(x, mark):
+    """Return the highest of numbers and a mark."""
+    wide, top = x.shape[0] // WIDEST * WIDEST, spread(mark, WIDEST)
+    for j in range(0, wide, WIDEST):
+        top = higher(lanes(x, j, WIDEST), top)
+    found = highest_of(top)
+    for j in range(wide, x.shape[0]):
+        found = higher(x[j], found)
+    return found
 
 
 @compiled(fastmath=FAST)
-def _powers_of_two(x, top, whole):
-    """Write 2 ** (x - top) over x and return their sum; ``whole`` is room."""
-    bits = whole.view(np.uint32)
-    for j in range(x.shape[0]):
-        power = np.int32(np.floor(max(x[j] - top, SMALLEST)))
-        bits[j] = np.uint32(power + np.int32(127)) << np.uint32(23)
-    total = np.float32(0)
-    for j in range(x.shape[0]):
-        own = x[j] - top
-        kept = max(own, SMALLEST)
-        f = kept - np.floor(kept)
-        found = C[0] + f * (C[1] + f * (C[2] + f * (C[3] + f * (C[4] + f * (C[5] + f * C[6])))))
-        found = found * whole[j] if own > SMALLEST else own * np.float32(0)  # NaN stays NaN
-        x[j] = found
-        total += found
-    return total
+def _to_weights(x, top):
+    """Write 2 ** (x - top) over x and return their sum."""
+    n, less = x.shape[0], np.float32(-top)
+    wide = n // WIDEST * WIDEST
+    one, shift = spread(np.float32(1), WIDEST), spread(less, WIDEST)
+    total = spread(np.float32(0), WIDEST)
+    for j in range(0, wide, WIDEST):
+        found = powers_of_two(added(one, lanes(x, j, WIDEST), shift), C)
+        keep(x, j, found, WIDEST)
+        total = added(one, found, total)
+    norm = sum_of(total)
+    for j in range(wide, n):
+        x[j] = powers_of_two(np.float32(x[j] + less), C)
+        norm += x[j]
+    return norm
 
 
 @compiled(fastmath=FAST)
-def weigh(scores, n, marks, sums, room):
+def weigh(scores, n, marks, sums):
     """Make weights of n scores of each row, relative to the marks, which may rise."""
     rows, v = scores.shape[0], sums.shape[0] // scores.shape[0]
     for r in range(rows):
         own = scores[r, :n]
-        top = max(marks[r], _highest(own))
+        top = _highest(own, marks[r])
         kept = np.float32(2.0) ** (marks[r] - top)
         marks[r] = top
-        marks[rows + r] = marks[rows + r] * kept + _powers_of_two(own, top, room)
+        marks[rows + r] = marks[rows + r] * kept + _to_weights(own, top)
         if kept != 1:
             for j in range(r * v, (r + 1) * v):
                 sums[j] *= kept

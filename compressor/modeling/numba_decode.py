@@ -32,6 +32,7 @@ from .numba_part import (
     TOKEN_FORM,
     TOKENS,
 )
+from .numba_tiles import allowed
 from .numba_weights import LOWEST
 from .packed_latents import PackedLatents
 from .schemes import NORMAL, PER_CHANNEL, PER_TOKEN, SCHEMES
@@ -114,6 +115,7 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
     longest = _whole(max(span.tokens for span in spans))
     step = min(longest, MOST, max(NUMBERS // widest // TOKENS, 1) * TOKENS)
     numbers = query.detach().contiguous()
+    tiles = query.dtype != torch.float32 and allowed()  # these hold what such a query has
     out = torch.empty(b, h, 1, spans[0].values.width)
     table = np.array([_rows(span, groups) for span in spans], np.int64)
     with _turn:
@@ -121,7 +123,7 @@ def decode(query: Tensor, spans: Sequence[Span], mask: Tensor | None, scaling: f
             (numbers.data_ptr(), DTYPES[numbers.dtype], np.float32(scaling * math.log2(math.e))),
             (out.data_ptr(), b, groups, h // groups),
             (table, _added(mask), _room(count, room_for(step, widest))),
-            (count // math.gcd(count, b * groups), step),
+            (count // math.gcd(count, b * groups), step, tiles),
         )
         if _entered and numba.get_num_threads() == count:
             attend(*given)  # whatever is done around a call takes longer than a small cache

@@ -13,6 +13,7 @@ from .numba_latents import (
     SPARE,
     arrange,
     meet_latent,
+    numbers_in_tiles,
     padded,
     put_in_order,
     room_for_levels,
@@ -50,18 +51,24 @@ def _read_query(address, form, factor, out):
 
 
 @compiled()
-def _attend_some(query, table, start, stop, mask, rows, b, group, step, sums, marks, room):
+def _attend_some(
+    query, table, start, stop, mask, rows, b, group, step, tiles, sums, marks, room
+):  # fmt: skip
     """Attend with queries [r * k] over some tokens of a span; sums [r * v], marks [2 * r]."""
-    values, most = table.shape[0] - 1, 0
+    values, most, whole = table.shape[0] - 1, 0, 0
     for p in range(table.shape[0]):
         most = max(most, table[p, WIDTH])
+        if tiles and table[p, WIDTH]:
+            latents = table[p, LATENTS]
+            whole = max(whole, latents * numbers_in_tiles(table[p], rows // latents))
     scale = room[room_for_levels(step, most) :]
     factors, zero = scale[step:], np.zeros(max(step, TOKENS * most), np.float32)
     scores, found = np.empty((rows, step), np.float32), np.empty((rows, step), np.float32)
     queries = np.empty((values, rows * (most + SPARE)), np.float32)
+    in_tiles = np.empty((values, whole), np.uint16)
     for p in range(values):
         if table[p, WIDTH]:
-            arrange(query, rows, table[p], queries[p])
+            arrange(query, rows, table[p], tiles, queries[p], in_tiles[p])
     order = runs_of(table[values])
     held = np.empty(rows * padded(table[values]), np.float32) if order > 1 else sums
     held[:] = 0
@@ -76,13 +83,14 @@ def _attend_some(query, table, start, stop, mask, rows, b, group, step, sums, ma
                 continue
             if is_value:
                 weigh(scores, n, marks, held)
-            shared = rows // latents
-            size = shared * padded(part)
+            shared, asks = rows // latents, min(p, values - 1)
+            size, whole = shared * padded(part), numbers_in_tiles(part, shared)
             for latent in range(latents):
                 first = latent * shared
                 meet_latent(
-                    part, b, group * latents + latent, low, n, is_value,
-                    queries[min(p, values - 1), latent * size :], scores[first : first + shared],
+                    part, b, group * latents + latent, low, n, is_value, tiles,
+                    queries[asks, latent * size :], in_tiles[asks, latent * whole :],
+                    scores[first : first + shared],
                     held[latent * size : (latent + 1) * size] if is_value else held, room, factors,
                     scale, zero, found,
                 )  # fmt: skip
@@ -101,13 +109,13 @@ def attend(query, out, read, work):
         read: the table, int64 [spans, parts, :data:`FIELDS`] with the values last; the mask, which
             is added to scores, float32 [b or 1, h or 1, s], or [0, 0, 0]; room, float32 [threads,
             :func:`room_for` a unit].
-        work: pieces in which each span is cut, one of which for one group is a unit of work, and
-            tokens that are unpacked at a time.
+        work: pieces in which each span is cut, one of which for one group is a unit of work, tokens
+            that are unpacked at a time, and whether tiles may be used.
     """
     address, form, factor = query
     to, batch, groups, rows = out
     table, mask, room = read
-    pieces, step = work
+    pieces, step, tiles = work
     spans, k, v = table.shape[0], 0, table[0, -1, WIDTH]
     for p in range(table.shape[1] - 1):
         k += table[0, p, WIDTH]
@@ -123,7 +131,7 @@ def attend(query, out, read, work):
             share = -(-tokens // (pieces * TOKENS)) * TOKENS
             _attend_some(
                 own, table[s], min(piece * share, tokens), min((piece + 1) * share, tokens), mask,
-                rows, pair // groups, pair % groups, step, sums[pair, piece, s],
+                rows, pair // groups, pair % groups, step, tiles, sums[pair, piece, s],
                 marks[pair, piece, s], room[numba.get_thread_id()],
             )  # fmt: skip
     for pair in range(pairs):

@@ -3,17 +3,25 @@
 Latents are unpacked a few tokens at a time into numbers, float32, that stay in a processor's
 nearest memory; all queries that share the latent read them there. Where these are few, bfloat16
 numbers and codes of 8 and 4 bits become levels on their way into a product, and are written
-nowhere. Scales and zero points of levels are taken out of the products, as in
-:mod:`packed_products`. What is stored is read by :mod:`numba_levels` and multiplied by
-:mod:`numba_products`. Letters: r rows (queries that share the latent), n tokens, B blocks of D
-dimensions that share a scale.
+nowhere. Where a processor has tiles, four or more queries that are not float32 meet bfloat16
+numbers there, and such codes as bfloat16 numbers, which hold them exactly. Scales and zero points
+of levels are taken out of the products by :mod:`numba_scales`. What is stored is read by
+:mod:`numba_levels` and multiplied by :mod:`numba_products` and :mod:`numba_tile_products`. Letters:
+r rows (queries that share the latent), n tokens, B blocks of D dimensions that share a scale.
 """
 
 from __future__ import annotations
 
 from .numba_compiled import FAST, compiled
 from .numba_lanes import holds_two
-from .numba_levels import dimension, read_factors, read_numbers, read_words, runs_of
+from .numba_levels import (
+    dimension,
+    read_as_bfloat16,
+    read_factors,
+    read_numbers,
+    read_words,
+    runs_of,
+)
 from .numba_memory import numbers_at
 from .numba_part import (
     BFLOAT16,
@@ -39,6 +47,9 @@ from .numba_part import (
     ZERO_G,
 )
 from .numba_products import WIDENED_ONCE, add_weighted, dots
+from .numba_scales import take_lost, take_products, weights_of_levels
+from .numba_tile_products import add_by_tiles, dots_by_tiles, lay_out, tiles_of
+from .numba_tiles import PAIRS, enter_tiles, leave_tiles
 
 try:
     import numpy as np
@@ -46,79 +57,33 @@ except ImportError as missing:
     raise ImportError("the package numpy is not installed") from missing
 
 NEAR = 2**13  # numbers that are unpacked at a time: they stay in a processor's nearest memory
+IN_TILES = 2**15  # likewise of numbers for tiles, of 2 bytes each
 AHEAD = 2**12  # bytes from what is read to what memory is asked for
+TILES_AHEAD = 128  # tokens, likewise, where tiles read them
 SPARE = 16  # numbers for each token, where its codes do not fill their words
 SCALED = (TOKEN_FORM, NORMAL_FORM)
-WAYS = (AS_BFLOAT16, AS_BYTES, AS_HALVES, AS_WORDS, AS_NUMBERS) = range(5)  # to read latents
+WAYS = (AS_BFLOAT16, AS_BYTES, AS_HALVES, AS_WORDS, AS_NUMBERS, AS_TILES) = range(6)  # to read
 
 
 @compiled("int64(int64, int64)")
 def room_for_levels(step, widest):
     """Return how many numbers of room what is unpacked, or a row of scores, may need."""
-    return max(NEAR, TOKENS * widest) + step * SPARE
-
-
-@compiled(fastmath=FAST)
-def _sum(x):
-    total = np.float32(0)
-    for j in range(x.shape[0]):
-        total += x[j]
-    return total
-
-
-@compiled(fastmath=FAST)
-def _scaled(weights, n, scales, zeros, own):
-    """Write n weights times scales, and return their sum with the zero points."""
-    lost = np.float32(0)
-    for t in range(n):
-        own[t] = weights[t] * scales[t]
-    for t in range(n):
-        lost += own[t] * zeros[t]
-    return lost
-
-
-@compiled(fastmath=FAST)
-def _add_scores(scores, first, query, x, ahead, block, scaled, scales, zeros, found):
-    """Add to scores [r, n], from ``first`` on, products of queries [r, D] with levels [n, B, D]."""
-    n = x.shape[0]
-    dots(query, x, ahead, block, found)
-    for r in range(query.shape[0]):
-        to, own = scores[r, first : first + n], found[r]
-        if scaled:
-            total = _sum(query[r])
-            for t in range(n):
-                to[t] += scales[t] * (own[t] - zeros[t] * total)
-        else:
-            for t in range(n):
-                to[t] += own[t]
-
-
-@compiled(fastmath=FAST)
-def _add_values(sums, weights, first, x, ahead, block, scaled, scales, zeros, room):
-    """Add to sums [r, B, D] levels [n, B, D] times weights [r, n] from ``first`` on."""
-    if not scaled:
-        add_weighted(sums, weights, first, x, ahead, block)
-        return
-    n, lost = x.shape[0], np.empty(sums.shape[0], np.float32)
-    for r in range(sums.shape[0]):
-        lost[r] = _scaled(weights[r, first : first + n], n, scales, zeros, room[r])
-    add_weighted(sums, room, 0, x, ahead, block)
-    for r in range(sums.shape[0]):
-        out = sums[r, block]
-        for j in range(out.shape[0]):
-            out[j] -= lost[r]
+    return max(NEAR, IN_TILES // 2, TOKENS * widest) + step * SPARE
 
 
 @compiled()
-def _way_of(part, rows):
-    """Return how latents are read that so many queries share."""
+def _way_of(part, rows, tiles):
+    """Return how latents are read that so many queries share, which may meet them in tiles."""
     form, bits, few = part[FORM], part[BITS], rows < WIDENED_ONCE
+    halves = bits == 4 and 2 * part[ROW] == part[WIDTH]
+    known = form == BFLOAT16 or (form == TOKEN_FORM and (bits == 8 or halves))
+    if tiles and known and not few and part[WIDTH] // max(part[BLOCKS], 1) % 2 == 0:
+        return AS_TILES
     if few and form == BFLOAT16:
         return AS_BFLOAT16
     if few and form == TOKEN_FORM and bits == 8:
         return AS_BYTES
-    whole = part[BLOCKS] == 1 and 2 * part[ROW] == part[WIDTH]
-    if few and form == TOKEN_FORM and bits == 4 and whole:
+    if few and form == TOKEN_FORM and halves and part[BLOCKS] == 1:
         return AS_HALVES
     return AS_WORDS if runs_of(part) > 1 else AS_NUMBERS
 
@@ -131,15 +96,17 @@ def padded(part):
 
 
 @compiled()
-def arrange(query, rows, part, to):
+def arrange(query, rows, part, tiles, to, in_tiles):
     """Write queries [r * k] as a part's latents meet them, by latents and blocks.
 
-    A latent and a block of it have rows [D] for the queries that share them, in the order of words.
+    A latent and a block of it have rows [D] for the queries that share them, in the order of words;
+    those that meet it in tiles are written so, too.
     """
     latents, runs, k = part[LATENTS], runs_of(part), query.shape[0] // rows
     shared = rows // latents
-    blocks = part[BLOCKS] if _way_of(part, shared) == AS_BYTES else 1
-    size, i = padded(part) // blocks, 0
+    way = _way_of(part, shared, tiles)
+    blocks = max(part[BLOCKS], 1) if way in (AS_BYTES, AS_TILES) else 1
+    size, i, last = padded(part) // blocks, 0, 0
     for latent in range(latents):
         for block in range(blocks):
             for r in range(latent * shared, (latent + 1) * shared):
@@ -149,6 +116,16 @@ def arrange(query, rows, part, to):
                     inside = dim < part[WIDTH]
                     to[i] = own[dim] if inside else np.float32(0)
                     i += 1
+            if way == AS_TILES:
+                lay_out(to[i - shared * size : i], size, in_tiles[last:])
+                last += tiles_of(shared, size)
+
+
+@compiled()
+def numbers_in_tiles(part, rows):
+    """Return how many numbers the tiles have of the queries that share a latent."""
+    blocks = max(part[BLOCKS], 1)
+    return blocks * tiles_of(rows, part[WIDTH] // blocks)
 
 
 @compiled(fastmath=FAST)
@@ -167,33 +144,69 @@ def _meet(
     for block in range(blocks):
         if scaled:
             read_factors(part, scale_at, zero_at, n, block, scale, zero)
-        if is_value:
-            to = sums.reshape(rows, blocks, size)
-            _add_values(to, scores, first, x, ahead, block, scaled, scale, zero, found)
-        else:
+        if not is_value:
             own = queries[block * rows * size : (block + 1) * rows * size].reshape(rows, size)
-            _add_scores(scores, first, own, x, ahead, block, scaled, scale, zero, found)
+            dots(own, x, ahead, block, found)
+            take_products(scores, first, own, n, scaled, scale, zero, found)
+        elif scaled:
+            to = sums.reshape(rows, blocks, size)
+            lost = weights_of_levels(scores, first, n, scale, zero, found)
+            add_weighted(to, found, 0, x, ahead, block)
+            take_lost(to, block, lost)
+        else:
+            add_weighted(sums.reshape(rows, blocks, size), scores, first, x, ahead, block)
+
+
+@compiled(fastmath=FAST)
+def _meet_in_tiles(
+    x, ahead, scaled, part, is_value, queries, in_tiles, scores, first, sums, scale_at, zero_at,
+    scale, zero, found,
+):  # fmt: skip
+    """Do so with bfloat16 numbers, or codes as such, uint16 [n, B, D], in tiles."""
+    n, blocks, size = x.shape
+    rows = scores.shape[0]
+    each = tiles_of(rows, size)
+    enter_tiles(size % PAIRS)
+    for block in range(blocks):
+        once = (ahead[0], ahead[1] if block == 0 else 0)
+        if scaled:
+            read_factors(part, scale_at, zero_at, n, block, scale, zero)
+        if not is_value:
+            own = queries[block * rows * size : (block + 1) * rows * size].reshape(rows, size)
+            dots_by_tiles(in_tiles[block * each :], rows, x, once, block, found)
+            take_products(scores, first, own, n, scaled, scale, zero, found)
+        elif scaled:
+            to = sums.reshape(rows, blocks, size)
+            lost = weights_of_levels(scores, first, n, scale, zero, found)
+            add_by_tiles(to, found, 0, x, once, block)
+            take_lost(to, block, lost)
+        else:
+            add_by_tiles(sums.reshape(rows, blocks, size), scores, first, x, once, block)
+    leave_tiles()
 
 
 @compiled()
-def _near(width):
+def _near(numbers, width):
     """Return how many tokens of a width are unpacked at a time, whole blocks of every scheme."""
-    return max(NEAR // (width * TOKENS), 1) * TOKENS
+    return max(numbers // (width * TOKENS), 1) * TOKENS
 
 
 @compiled()
 def meet_latent(
-    part, b, g, low, n, is_value, queries, scores, sums, room, factors, scale, zero, found
+    part, b, g, low, n, is_value, tiles, queries, in_tiles, scores, sums, room, factors, scale,
+    zero, found,
 ):  # fmt: skip
     """Let the rows that share a latent meet n tokens of it, from ``low`` on.
 
     What is unpacked is unpacked some tokens at a time: it stays in the nearest memory.
     """
     form, width, row = part[FORM], part[WIDTH], part[ROW]
-    way, runs, scaled = _way_of(part, scores.shape[0]), runs_of(part), form in SCALED
+    way, runs = _way_of(part, scores.shape[0], tiles), runs_of(part)
+    scaled = form in SCALED
     blocks = part[BLOCKS] if scaled else 1
-    stays = (way == AS_WORDS) | (way == AS_NUMBERS) & (form != FLOAT32)
-    some = min(n, _near(width)) if stays else n
+    in_room = (way == AS_WORDS) | (way == AS_NUMBERS) & (form != FLOAT32)
+    in_room |= (way == AS_TILES) & scaled
+    some = min(n, _near(IN_TILES if way == AS_TILES else NEAR, width)) if in_room else n
     for first in range(0, n, some):
         m, start = min(some, n - first), low + first
         stored = start * blocks if scaled else start // TOKENS * width
@@ -203,8 +216,18 @@ def meet_latent(
         where = (
             part, is_value, queries, scores, first, sums, scale_at, zero_at, scale, zero, found
         )  # fmt: skip
-        ahead = (at + (m * row if stays else AHEAD), row)
-        if way == AS_BFLOAT16:
+        far = TILES_AHEAD * row if way == AS_TILES else AHEAD
+        ahead = (at + (m * row if in_room else far), row)
+        if way == AS_TILES:
+            if scaled:
+                x = read_as_bfloat16(part, at, m, room)
+            else:
+                x = numbers_at(at, m * width, np.uint16)
+            _meet_in_tiles(
+                x.reshape(m, blocks, width // blocks), ahead, scaled, part, is_value, queries,
+                in_tiles, scores, first, sums, scale_at, zero_at, scale, zero, found,
+            )  # fmt: skip
+        elif way == AS_BFLOAT16:
             x = numbers_at(at, m * width, np.uint16)
             _meet(x.reshape(m, 1, width), ahead, False, *where)
         elif way == AS_BYTES:

@@ -7,7 +7,17 @@ in which words hold them; all others have the order of the latent. Letters: n to
 from __future__ import annotations
 
 from .numba_compiled import FAST, compiled
-from .numba_lanes import WIDEST, added, high_lanes, keep, lanes, spread, unpacked
+from .numba_lanes import (
+    WIDEST,
+    added,
+    high_lanes,
+    holds_two,
+    keep,
+    keep_upper,
+    lanes,
+    spread,
+    unpacked,
+)
 from .numba_memory import numbers_at
 from .numba_part import (
     BFLOAT16,
@@ -101,6 +111,37 @@ def runs_of(part):
     if not words:
         return 1
     return 8 if part[BITS] == 3 else 4
+
+
+@compiled(inline="always")
+def _keep_codes(out, i, stored, at, columns, count):
+    """Write bytes from ``at`` on as bfloat16 numbers, or where these hold two codes, both."""
+    keep_upper(out, i, lanes(stored, at, count), count)
+    if holds_two(stored):
+        keep_upper(out, i + columns, high_lanes(stored, at, count), count)
+
+
+@compiled()
+def _as_bfloat16(stored, out, row, width):
+    """Write rows of codes as bfloat16 numbers, uint16 [n * w]."""
+    wide = row // WIDEST * WIDEST
+    for t in range(out.shape[0] // width):
+        for j in range(0, wide, WIDEST):
+            _keep_codes(out, t * width + j, stored, t * row + j, row, WIDEST)
+        for j in range(wide, row):
+            _keep_codes(out, t * width + j, stored, t * row + j, row, 1)
+
+
+@compiled()
+def read_as_bfloat16(part, address, n, room):
+    """Return codes of 8 or 4 bits of n tokens as bfloat16 numbers, uint16 [n * w], in room."""
+    width, row = part[WIDTH], part[ROW]
+    out = room.view(np.uint16)[: n * width]
+    if row == width:
+        _as_bfloat16(numbers_at(address, n * row, np.uint8), out, row, width)
+    else:
+        _as_bfloat16(numbers_at(address, n * row, np.int8), out, row, width)
+    return out
 
 
 @compiled()

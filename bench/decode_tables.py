@@ -13,6 +13,7 @@ MICRO = 1e6
 EXACT = 16
 ASKED_OF = "h200"
 BASES = ("dynamic", "static")
+WITHOUT_TILES = "decode-cpu-without-tiles"
 
 
 def cuda(card: str) -> Table:
@@ -50,7 +51,7 @@ def _asked(row: dict[str, Any], card: str) -> str:
     return f"{target:g} us, {share}" if card == ASKED_OF else share
 
 
-def cpu_attention() -> Table:
+def cpu_attention(run: str, only: int | None = None) -> Table:
     """Show the time of one layer's attention of one query on a CPU, by cache."""
     rows = tuple(
         (
@@ -62,13 +63,14 @@ def cpu_attention() -> Table:
             f"{row['base_by_own']:.2f}",
             f"{row['own_by_exact']:.2f}" if "own_by_exact" in row else "",
         )
-        for row in results("decode-cpu")["attention"]
+        for row in results(run)["attention"]
+        if only in {None, row["tokens"]}
     )
     header = ("model", "tokens", "cache", "bits", "ms", "times as fast as the base")
     return Table("", (*header, "time by that without bits"), rows, words=4)
 
 
-def cpu_models() -> Table:
+def cpu_models(run: str, only: int | None = None) -> Table:
     """Show the speed of whole steps on a CPU beside the base with transformers' caches."""
     rows = tuple(
         (
@@ -79,7 +81,8 @@ def cpu_models() -> Table:
             f"{row['tokens_per_second']:.1f}",
             *(f"{row['faster_than'][kind]:.2f}" for kind in BASES),
         )
-        for row in results("decode-cpu")["whole"]
+        for row in results(run)["whole"]
+        if only in {None, row["tokens"]}
     )
     header = ("model", "tokens", "cache", "bits", "tokens per second")
     return Table("", (*header, *(f"by the {kind} cache" for kind in BASES)), rows, words=4)
@@ -132,6 +135,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "decode-cuda-h200": lambda: cuda("h200"),
     "decode-models-steps": lambda: models_steps("h100"),
     "decode-models-generate": lambda: models_generate("h100"),
-    "decode-cpu-attention": cpu_attention,
-    "decode-cpu-models": cpu_models,
+    "decode-cpu-attention": lambda: cpu_attention("decode-cpu"),
+    "decode-cpu-models": lambda: cpu_models("decode-cpu"),
+    "decode-cpu-attention-without-tiles": lambda: cpu_attention(WITHOUT_TILES, 16384),
+    "decode-cpu-models-without-tiles": lambda: cpu_models(WITHOUT_TILES, 32768),
 }

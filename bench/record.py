@@ -44,9 +44,17 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("VDCOMPRESS_COMMIT"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_state(),
     }
+
+
+def _state() -> dict[str, Any]:
+    """Return the commit and whether files differ from it; a copy of a checkout is told which."""
+    given = os.environ.get("VDCOMPRESS_COMMIT")
+    if given:
+        return {"commit": given, "dirty": False}
+    changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": _git("rev-parse", "--short", "HEAD"), "dirty": changed}
 
 
 def _processor() -> str:

@@ -58,9 +58,9 @@ def _attend_some(
     values, most, whole = table.shape[0] - 1, 0, 0
     for p in range(table.shape[0]):
         most = max(most, table[p, WIDTH])
-        if tiles and table[p, WIDTH]:
+        if table[p, WIDTH]:
             latents = table[p, LATENTS]
-            whole = max(whole, latents * numbers_in_tiles(table[p], rows // latents))
+            whole = max(whole, latents * numbers_in_tiles(table[p], rows // latents, tiles))
     scale = room[room_for_levels(step, most) :]
     factors, zero = scale[step:], np.zeros(max(step, TOKENS * most), np.float32)
     scores, found = np.empty((rows, step), np.float32), np.empty((rows, step), np.float32)
@@ -84,7 +84,7 @@ def _attend_some(
             if is_value:
                 weigh(scores, n, marks, held)
             shared, asks = rows // latents, min(p, values - 1)
-            size, whole = shared * padded(part), numbers_in_tiles(part, shared)
+            size, whole = shared * padded(part), numbers_in_tiles(part, shared, tiles)
             for latent in range(latents):
                 first = latent * shared
                 meet_latent(

@@ -122,8 +122,10 @@ def arrange(query, rows, part, tiles, to, in_tiles):
 
 
 @compiled()
-def numbers_in_tiles(part, rows):
-    """Return how many numbers the tiles have of the queries that share a latent."""
+def numbers_in_tiles(part, rows, tiles):
+    """Return how many numbers there are in tiles of the queries that share a latent."""
+    if _way_of(part, rows, tiles) != AS_TILES:
+        return 0
     blocks = max(part[BLOCKS], 1)
     return blocks * tiles_of(rows, part[WIDTH] // blocks)
 

@@ -225,7 +225,7 @@ def add_by_tiles(sums, weights, begin, x, ahead, block):
     wide, eights = -(-size // WIDE) * WIDE, -(-rows // TOGETHER)
     pairs, own = lines(NEAR // 2 * wide), lines(NEAR // PAIRS * TILE // 2)
     found = lines(eights * ROWS * wide).view(np.float32)
-    flat, row, at, to = x.reshape(x.size), x.shape[1] * size, pairs.ctypes.data, found.ctypes.data
+    flat, row = x.reshape(x.size), x.shape[1] * size
     clear(found)
     if wide > size:
         clear(pairs)
@@ -233,11 +233,13 @@ def add_by_tiles(sums, weights, begin, x, ahead, block):
         tokens = min(n - t, NEAR)
         steps = -(-tokens // PAIRS)
         share = -(-tokens * WIDE // (wide * steps))
+        at = pairs.ctypes.data
         _pair_up(flat, size, t * row + block * size, row, tokens, steps * ROWS, 4 * wide, at)
         for start in range(0, rows, TOGETHER):
             _lay_out_weights(weights[start : min(start + TOGETHER, rows)], begin + t, tokens, own)
-            asked, here = (ahead[0], ahead[1] if start == 0 else 0), to + 8 * start * wide
-            _weigh_pairs(own.ctypes.data, at, steps, asked, t, share, here, 4 * wide)
+            asked = (ahead[0], ahead[1] if start == 0 else 0)
+            here = found.ctypes.data + 8 * start * wide
+            _weigh_pairs(own.ctypes.data, pairs.ctypes.data, steps, asked, t, share, here, 4 * wide)
     for r in range(rows):
         high, out = found[(r + r // TOGETHER * TOGETHER) * wide :], sums[r, block]
         low = high[TOGETHER * wide :]

@@ -31,7 +31,7 @@ PAIRS = 32  # numbers of a row
 KNOWN = not vars(numba.config)["CPU_NAME"] and all(
     binding.get_host_cpu_features().get(feature) for feature in ("amx-tile", "amx-bf16")
 )
-FIRST_SUM, LAST_SUM, LEFT, RIGHT, LEFT_END, RIGHT_END = 0, 3, 4, 5, 6, 7  # what tiles hold
+LEFT, RIGHT, LEFT_END, RIGHT_END = 4, 5, 6, 7  # what tiles hold; those before them have sums
 BYTE, HALF = ir.IntType(8), ir.IntType(16)
 
 
@@ -60,11 +60,14 @@ def _address(builder: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _configure(_context, address):
-    def codegen(context, builder, _signature, arguments):
-        return _call(context, builder, "ldtilecfg", [_address(builder, arguments[0])])
+def _configure(_context, shapes):
+    """Take the shapes of all tiles from 64 bytes; the array, not its address, keeps these alive."""
 
-    return types.void(address), codegen
+    def codegen(context, builder, _signature, arguments):
+        data = context.make_array(shapes)(context, builder, arguments[0]).data
+        return _call(context, builder, "ldtilecfg", [data])
+
+    return types.void(shapes), codegen
 
 
 @intrinsic
@@ -212,7 +215,10 @@ def _picked(builder: Any, one: Any, other: Any, lanes: list[int]) -> Any:
 
 @compiled()
 def lines(count):
-    """Return room for words of 4 bytes that begins where a line of memory does."""
+    """Return room for words of 4 bytes that begins where a line of memory does.
+
+    It is there as long as its array is used, not its address: ask for that where it is needed.
+    """
     room = np.empty(count + LINE // 4, np.uint32)
     first = -room.ctypes.data % LINE // 4
     return room[first : first + count]
@@ -227,4 +233,4 @@ def enter_tiles(end):
         shapes[16 + 2 * tile], shapes[48 + tile] = LINE, ROWS
     if end:
         shapes[16 + 2 * LEFT_END], shapes[48 + RIGHT_END] = 2 * end, end // 2
-    _configure(shapes.ctypes.data)
+    _configure(shapes)

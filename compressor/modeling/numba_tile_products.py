@@ -79,6 +79,15 @@ def lay_out(queries, size, to):
 
 
 @compiled(inline="always")
+def _store_sums(to, stride, step):
+    """Write the tiles of sums, ``step`` bytes from each other."""
+    store_tile(0, to, stride)
+    store_tile(1, to + step, stride)
+    store_tile(2, to + 2 * step, stride)
+    store_tile(3, to + 3 * step, stride)
+
+
+@compiled(inline="always")
 def _meet_rows(to, left, right, tokens, here, last, stride):
     """Add products with 16 tokens; of fewer, rows and zeros behind them are at ``last``."""
     if tokens > 0:
@@ -116,10 +125,7 @@ def _meet_tokens(at, size, tokens, here, last, stride, ahead, first, sums):
         _meet_pairs(
             LEFT_END, RIGHT_END, at + whole * 2 * TILE, tokens, here + far, last + far, stride
         )
-    store_tile(0, sums, LINE)
-    store_tile(1, sums + ROWS * LINE, LINE)
-    store_tile(2, sums + 2 * ROWS * LINE, LINE)
-    store_tile(3, sums + 3 * ROWS * LINE, LINE)
+    _store_sums(sums, LINE, ROWS * LINE)
 
 
 @compiled(fastmath=FAST)
@@ -212,10 +218,7 @@ def _weigh_pairs(own, pairs, steps, ahead, first, share, to, stride):
             multiply(2, LEFT, RIGHT)
             load_tile(RIGHT, at + 3 * LINE, stride)
             multiply(3, LEFT, RIGHT)
-        store_tile(0, here, stride)
-        store_tile(1, here + LINE, stride)
-        store_tile(2, here + 2 * LINE, stride)
-        store_tile(3, here + 3 * LINE, stride)
+        _store_sums(here, stride, LINE)
 
 
 @compiled(fastmath=FAST)

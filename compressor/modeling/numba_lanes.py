@@ -36,10 +36,11 @@ class Lanes(types.Type):
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: Lanes) -> None:
-        super().__init__(manager, lanes, _wide(FLOAT, lanes.lanes))
+        super().__init__(manager, lanes, vector_of(FLOAT, lanes.lanes))
 
 
-def _wide(one: Any, width: int) -> Any:
+def vector_of(one: Any, width: int) -> Any:
+    """Return LLVM's type of so many values of a type; of one, that type."""
     return one if width == 1 else ir.VectorType(one, width)
 
 
@@ -47,23 +48,24 @@ def _type(count: types.IntegerLiteral) -> Any:
     return types.float32 if count.literal_value == 1 else Lanes(count.literal_value)
 
 
-def _splat(one: Any, number: float, width: int) -> Any:
-    return ir.Constant(_wide(one, width), number if width == 1 else [number] * width)
+def splat(one: Any, number: float, width: int) -> Any:
+    """Return a constant so many times side by side."""
+    return ir.Constant(vector_of(one, width), number if width == 1 else [number] * width)
 
 
 def _repeated(builder: Any, one: Any, number: Any, width: int) -> Any:
     """Return a number, whose type is ``one``, so many times side by side."""
     if width == 1:
         return number
-    nothing = ir.Constant(_wide(one, width), ir.Undefined)
+    nothing = ir.Constant(vector_of(one, width), ir.Undefined)
     first = builder.insert_element(nothing, number, ir.Constant(WORD, 0))
-    return builder.shuffle_vector(first, nothing, _splat(WORD, 0, width))
+    return builder.shuffle_vector(first, nothing, splat(WORD, 0, width))
 
 
 def _place(context: Any, builder: Any, array: Any, arguments: Any, width: int) -> Any:
     """Return the address of ``x[i]``, the first arguments, and of what follows it."""
     data = context.make_array(array)(context, builder, arguments[0]).data
-    stored = _wide(context.get_data_type(array.dtype), width)
+    stored = vector_of(context.get_data_type(array.dtype), width)
     return builder.bitcast(builder.gep(data, [arguments[1]]), stored.as_pointer())
 
 
@@ -87,12 +89,12 @@ def _widened(builder: Any, stored: Any, found: Any, width: int) -> Any:
     """Return numbers, or low codes, of what is stored."""
     if stored == types.float32:
         return found
-    word = builder.zext(found, _wide(WORD, width))
+    word = builder.zext(found, vector_of(WORD, width))
     if stored == types.uint16:
-        return builder.bitcast(builder.shl(word, _splat(WORD, 16, width)), _wide(FLOAT, width))
+        return builder.bitcast(builder.shl(word, splat(WORD, 16, width)), vector_of(FLOAT, width))
     if stored == types.int8:
-        word = builder.and_(word, _splat(WORD, 15, width))
-    return builder.uitofp(word, _wide(FLOAT, width))
+        word = builder.and_(word, splat(WORD, 15, width))
+    return builder.uitofp(word, vector_of(FLOAT, width))
 
 
 @intrinsic(prefer_literal=True)
@@ -114,8 +116,8 @@ def high_lanes(_context, x, i, count):
     def codegen(context, builder, _signature, arguments):
         width = count.literal_value
         found = _loaded(context, builder, x, arguments, width)
-        word = builder.lshr(builder.zext(found, _wide(WORD, width)), _splat(WORD, 4, width))
-        return builder.uitofp(word, _wide(FLOAT, width))
+        word = builder.lshr(builder.zext(found, vector_of(WORD, width)), splat(WORD, 4, width))
+        return builder.uitofp(word, vector_of(FLOAT, width))
 
     return _type(count)(x, types.intp, count), codegen
 
@@ -137,9 +139,9 @@ def unpacked(_context, word, bits, count):
     def codegen(_target, builder, _signature, arguments):
         width, own = count.literal_value, bits.literal_value
         words = _repeated(builder, WORD, arguments[0], width)
-        shifts = ir.Constant(_wide(WORD, width), [own * lane for lane in range(width)])
-        codes = builder.and_(builder.lshr(words, shifts), _splat(WORD, 2**own - 1, width))
-        return builder.uitofp(codes, _wide(FLOAT, width))
+        shifts = ir.Constant(vector_of(WORD, width), [own * lane for lane in range(width)])
+        codes = builder.and_(builder.lshr(words, shifts), splat(WORD, 2**own - 1, width))
+        return builder.uitofp(codes, vector_of(FLOAT, width))
 
     return _type(count)(types.uint32, bits, count), codegen
 
@@ -162,8 +164,8 @@ def wider(_context, x, count):
         had, width = x.lanes, count.literal_value
         if had == width:
             return arguments[0]
-        zeros = _splat(FLOAT, 0.0, had)
-        places = ir.Constant(_wide(WORD, width), [min(lane, had) for lane in range(width)])
+        zeros = splat(FLOAT, 0.0, had)
+        places = ir.Constant(vector_of(WORD, width), [min(lane, had) for lane in range(width)])
         return builder.shuffle_vector(arguments[0], zeros, places)
 
     return Lanes(count.literal_value)(x, count), codegen
@@ -189,8 +191,8 @@ def powers_of_two(_context, x, curve):
 
     def codegen(_target, builder, _signature, arguments):
         width = getattr(x, "lanes", 1)
-        wide, words = _wide(FLOAT, width), _wide(WORD, width)
-        least, own = _splat(FLOAT, -126.0, width), arguments[0]
+        wide, words = vector_of(FLOAT, width), vector_of(WORD, width)
+        least, own = splat(FLOAT, -126.0, width), arguments[0]
         inside = builder.fcmp_ordered(">", own, least)
         kept = builder.select(inside, own, least)
         name = "llvm.floor.f32" if width == 1 else f"llvm.floor.v{width}f32"
@@ -204,9 +206,9 @@ def powers_of_two(_context, x, curve):
         for coefficient in reversed(lower):
             product = builder.fmul(found, rest, flags=ANY_ORDER)
             found = builder.fadd(product, coefficient, flags=ANY_ORDER)
-        power = builder.add(builder.fptosi(whole, words), _splat(WORD, 127, width))
-        scale = builder.bitcast(builder.shl(power, _splat(WORD, 23, width)), wide)
-        nothing = builder.fmul(own, _splat(FLOAT, 0.0, width))
+        power = builder.add(builder.fptosi(whole, words), splat(WORD, 127, width))
+        scale = builder.bitcast(builder.shl(power, splat(WORD, 23, width)), wide)
+        nothing = builder.fmul(own, splat(FLOAT, 0.0, width))
         return builder.select(inside, builder.fmul(found, scale), nothing)
 
     return x(x, curve), codegen
@@ -227,7 +229,7 @@ def highest_of(_context, x):
     """Return the highest of numbers side by side."""
 
     def codegen(_target, builder, _signature, arguments):
-        wide = _wide(FLOAT, x.lanes)
+        wide = vector_of(FLOAT, x.lanes)
         name, kind = f"llvm.vector.reduce.fmax.v{x.lanes}f32", ir.FunctionType(FLOAT, [wide])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
@@ -241,7 +243,7 @@ def sum_of(_context, x):
     def codegen(_target, builder, _signature, arguments):
         if x == types.float32:
             return arguments[0]
-        wide = _wide(FLOAT, x.lanes)
+        wide = vector_of(FLOAT, x.lanes)
         name = f"llvm.vector.reduce.fadd.v{x.lanes}f32"
         kind = ir.FunctionType(FLOAT, [FLOAT, wide])
         reduce = cgutils.get_or_insert_function(builder.module, kind, name)
@@ -268,10 +270,10 @@ def keep_upper(_context, x, i, wide, count):
 
     def codegen(context, builder, _signature, arguments):
         width = count.literal_value
-        bits = builder.bitcast(arguments[2], _wide(WORD, width))
-        bits = builder.lshr(bits, _splat(WORD, 16, width))
+        bits = builder.bitcast(arguments[2], vector_of(WORD, width))
+        bits = builder.lshr(bits, splat(WORD, 16, width))
         place = _place(context, builder, x, arguments, width)
-        builder.store(builder.trunc(bits, _wide(ir.IntType(16), width)), place, align=2)
+        builder.store(builder.trunc(bits, vector_of(ir.IntType(16), width)), place, align=2)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, _type(count), count), codegen
@@ -296,7 +298,7 @@ def _halved(builder: Any, one: Any, other: Any = None) -> Any:
     width = one.type.count * (1 if other is None else 2)
     other = ir.Constant(one.type, ir.Undefined) if other is None else other
     even, odd = (
-        builder.shuffle_vector(one, other, ir.Constant(_wide(WORD, width // 2), list(lanes_of)))
+        builder.shuffle_vector(one, other, ir.Constant(vector_of(WORD, width // 2), list(lanes_of)))
         for lanes_of in (range(0, width, 2), range(1, width, 2))
     )
     return builder.fadd(even, odd, flags=ANY_ORDER)
@@ -307,7 +309,7 @@ def _pairs(context: Any, builder: Any, array: Any, arguments: Any) -> Iterator[t
     _, i, stride, eight = arguments
     for pair in range(4):
         where = [arguments[0], builder.add(i, builder.mul(stride, ir.Constant(stride.type, pair)))]
-        two = ir.Constant(_wide(WORD, 2), [2 * pair, 2 * pair + 1])
+        two = ir.Constant(vector_of(WORD, 2), [2 * pair, 2 * pair + 1])
         yield builder.shuffle_vector(eight, eight, two), _place(context, builder, array, where, 2)
 
 

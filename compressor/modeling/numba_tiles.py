@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .numba_compiled import compiled
-from .numba_lanes import FLOAT, WORD, _splat, _wide
+from .numba_lanes import FLOAT, WORD, splat, vector_of
 
 try:
     import numba
@@ -55,10 +55,6 @@ def _number(tile: types.IntegerLiteral) -> Any:
     return ir.Constant(BYTE, tile.literal_value)
 
 
-def _address(builder: Any, address: Any) -> Any:
-    return builder.inttoptr(address, BYTE.as_pointer())
-
-
 @intrinsic
 def _configure(_context, shapes):
     """Take the shapes of all tiles from 64 bytes; the array, not its address, keeps these alive."""
@@ -80,26 +76,26 @@ def leave_tiles(_context):
     return types.void(), codegen
 
 
+def _moved(name: str, tile: Any) -> tuple[Any, Any]:
+    """Return what moves the rows of a tile between it and memory."""
+
+    def codegen(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        address = builder.inttoptr(arguments[1], BYTE.as_pointer())
+        return _call(context, builder, name, [_number(tile), address, arguments[2]])
+
+    return types.void(tile, types.int64, types.int64), codegen
+
+
 @intrinsic(prefer_literal=True)
 def load_tile(_context, tile, address, stride):
     """Read the rows of a tile, so many bytes from each other."""
-
-    def codegen(context, builder, _signature, arguments):
-        where = [_number(tile), _address(builder, arguments[1]), arguments[2]]
-        return _call(context, builder, "tileloadd64", where)
-
-    return types.void(tile, types.int64, types.int64), codegen
+    return _moved("tileloadd64", tile)
 
 
 @intrinsic(prefer_literal=True)
 def store_tile(_context, tile, address, stride):
     """Write the rows of a tile likewise."""
-
-    def codegen(context, builder, _signature, arguments):
-        where = [_number(tile), _address(builder, arguments[1]), arguments[2]]
-        return _call(context, builder, "tilestored64", where)
-
-    return types.void(tile, types.int64, types.int64), codegen
+    return _moved("tilestored64", tile)
 
 
 @intrinsic(prefer_literal=True)
@@ -131,16 +127,16 @@ def keep_parts(_context, x, i, high, low, count):
 
     def codegen(context, builder, _signature, arguments):
         width = count.literal_value
-        words, numbers, halves = (_wide(one, width) for one in (WORD, FLOAT, HALF))
+        words, numbers, halves = (vector_of(one, width) for one in (WORD, FLOAT, HALF))
         data = context.make_array(x)(context, builder, arguments[0]).data
         place = builder.bitcast(builder.gep(data, [arguments[1]]), numbers.as_pointer())
         found = builder.load(place, align=4)
         bits = builder.bitcast(found, words)
-        first = builder.and_(bits, _splat(WORD, 0xFFFF0000, width))
+        first = builder.and_(bits, splat(WORD, 0xFFFF0000, width))
         rest = builder.bitcast(builder.fsub(found, builder.bitcast(first, numbers)), words)
-        rest = builder.add(rest, _splat(WORD, 0x8000, width))
+        rest = builder.add(rest, splat(WORD, 0x8000, width))
         for part, address in ((first, arguments[2]), (rest, arguments[3])):
-            own = builder.trunc(builder.lshr(part, _splat(WORD, 16, width)), halves)
+            own = builder.trunc(builder.lshr(part, splat(WORD, 16, width)), halves)
             builder.store(own, builder.inttoptr(address, halves.as_pointer()), align=2)
         return context.get_dummy_value()
 
@@ -153,7 +149,7 @@ def keep_pairs_of(_context, x, one, other, address, count):
 
     def codegen(context, builder, _signature, arguments):
         width = count.literal_value
-        halves = _wide(HALF, width)
+        halves = vector_of(HALF, width)
         data = context.make_array(x)(context, builder, arguments[0]).data
         places = [builder.gep(data, [at]) for at in arguments[1:3]]
         rows = [builder.load(builder.bitcast(p, halves.as_pointer()), align=2) for p in places]
@@ -181,7 +177,7 @@ def keep_turned(_context, address, to, stride):
     """
 
     def codegen(context, builder, _signature, arguments):
-        wide = _wide(FLOAT, ROWS)
+        wide = vector_of(FLOAT, ROWS)
         tile = builder.inttoptr(arguments[0], wide.as_pointer())
         rows = [
             builder.load(builder.gep(tile, [ir.Constant(WORD, t)]), align=4) for t in range(ROWS)
@@ -210,7 +206,7 @@ def keep_turned(_context, address, to, stride):
 
 
 def _picked(builder: Any, one: Any, other: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(one, other, ir.Constant(_wide(WORD, len(lanes)), lanes))
+    return builder.shuffle_vector(one, other, ir.Constant(vector_of(WORD, len(lanes)), lanes))
 
 
 @compiled()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import Any
 
 import numba
@@ -28,14 +30,24 @@ from vdcompress.modeling.numba_tiles import (
 )
 
 SCALE = 0.3
+ROOMS = (528, 1040, 2064, 3088, 6160)  # words that products ask memory for, or nearly
 with_tiles = pytest.mark.skipif(not allowed(), reason="needs a processor with tiles (AMX)")
+
+
+@numba.njit
+def _leave_nan(words):  # type: ignore[no-untyped-def]
+    """Let memory that is asked for next hold NaN."""
+    kept = [np.full(count, 0xFFFFFFFF, np.uint32) for count in words for _ in range(3)]
+    return len(kept)
 
 
 @numba.njit
 def _both(query, tiles, x, block, out, sums, weights, begin):  # type: ignore[no-untyped-def]
     lay_out(query.reshape(query.size), query.shape[1], tiles)
     enter_tiles(query.shape[1] % PAIRS)
+    _leave_nan(ROOMS)
     dots_by_tiles(tiles, query.shape[0], x, (0, 0), block, out)
+    _leave_nan(ROOMS)
     add_by_tiles(sums, weights, begin, x, (0, 0), block)
     leave_tiles()
 
@@ -69,6 +81,22 @@ def test_products_are_those_of_float64(rows: int, tokens: int, blocks: int, size
         np.testing.assert_allclose(out, wanted, atol=3e-5 * np.abs(wanted).max())
     wanted = 1 + np.einsum("rt,tbd->rbd", weights[:, 3:].astype(np.float64), exact)
     np.testing.assert_allclose(sums, wanted, atol=3e-5 * np.abs(wanted).max())
+
+
+@with_tiles
+def test_nothing_behind_the_last_token_is_read() -> None:
+    rows, tokens, size = 8, 21, 40
+    page = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    own = np.frombuffer(page, np.uint16)
+    end = ctypes.c_void_p(own.ctypes.data + mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(end, mmap.PAGESIZE, 0) == 0  # who reads on ends the process
+    x = own[mmap.PAGESIZE // 2 - tokens * size :][: tokens * size].reshape(tokens, 1, size)
+    x[:] = torch.ones(1).bfloat16().view(torch.uint16).item()
+    out, sums = np.zeros((rows, tokens), np.float32), np.zeros((rows, 1, size), np.float32)
+    query, weights = np.ones((rows, size), np.float32), np.ones((rows, tokens), np.float32)
+    _both(query, np.empty(tiles_of(rows, size), np.uint16), x, 0, out, sums, weights, 0)
+    assert (out == size).all()
+    assert (sums == tokens).all()
 
 
 def check(query: Tensor, spans: list[Span], mask: Tensor | None = None) -> None:
@@ -134,7 +162,10 @@ def test_they_are_used_for_queries_that_they_hold(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_process_that_may_not_use_them_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False, raising=False)
+    monkeypatch.setattr(numba_tiles, "KNOWN", True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True, raising=False)
+    assert numba_tiles.allowed.__wrapped__()
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
     assert not numba_tiles.allowed.__wrapped__()
     monkeypatch.delattr(torch.cpu, "_init_amx")
     assert not numba_tiles.allowed.__wrapped__()
